@@ -1,0 +1,1 @@
+"""What a run is: strict, frozen models of plain data. Nothing here imports torch."""

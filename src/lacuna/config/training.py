@@ -1,0 +1,189 @@
+"""PretrainConfig and SFTConfig: every setting of our own training loop, its default and what it means.
+
+The string under a field is its documentation: `--help` and docs/settings.md print it.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+ALTERNATIVES = [("epochs", "steps"), ("warmup_share", "warmup_steps"), ("validation_dataset", "validation_share")]
+"""Settings that exclude each other; where a later layer gives one, it replaces an earlier layer's other."""
+
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "resume", "device", "attention", "compile", "activation_checkpointing", "micro_batch_size",
+    "log_every", "save_every", "keep_best", "keep_last", "final_weights", "tracker", "tracker_project",
+}  # fmt: skip
+"""What leaves the sequence of samples and the mathematics of a run as they are."""
+
+
+class TrainingConfig(BaseModel):
+    """What pretraining and SFT share."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    model_name: str
+    """Hugging Face model: a hub name, or a folder with config.json and tokenizer files."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    initialise: Literal["pretrained", "random"] = "pretrained"
+    """Start from the model's weights, or from random ones in its shape."""
+    dataset: str
+    """File (jsonl, json, csv, parquet, text), folder, glob, or the name of a hub data set."""
+    dataset_subset: str | None = None
+    """Configuration name of a hub data set, such as sample-10BT."""
+    dataset_split: str = "train"
+    """Split of a hub data set."""
+    validation_dataset: str | None = None
+    """Like dataset; its loss is what 'best' means. Or give validation_share."""
+    validation_split: str = "validation"
+    """Split of a hub validation data set."""
+    validation_share: Share | None = None
+    """Share of the documents kept for validation, drawn by the seed."""
+    text_column: str = "text"
+    """Column of plain text."""
+    unreadable_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of rows that may be broken; they are counted and left out. More of them stop the run."""
+    output_dir: str
+    """The run folder: config, metrics, checkpoints and the final model."""
+    sequence_length: Annotated[int, Field(gt=1)] = 2048
+    """Tokens in a row."""
+    packing: bool = True
+    """Fill rows with several documents, which never see each other; otherwise one padded document a row."""
+    batch_size: PositiveInt = 64
+    """Rows in an optimizer step."""
+    micro_batch_size: PositiveInt = 4
+    """Rows in a forward pass; the rest of the batch is gradient accumulation."""
+    epochs: PositiveInt | None = None
+    """Passes over the data. Either this or steps."""
+    steps: PositiveInt | None = None
+    """Optimizer steps. Either this or epochs."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate, reached after warmup."""
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the cosine ends, as a share of the peak."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] | None = 0.03
+    """Share of the steps in which the learning rate rises linearly. Or give warmup_steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps in which the learning rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of AdamW, on matrices only (no biases, no norms)."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Fixes initial weights, split, order of the samples and dropout."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: CUDA, else MPS, else CPU."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: computation in bf16, weights and optimizer in fp32. auto: bf16 on accelerators, fp32 on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend. auto: flash_attention_2 where it is installed on CUDA, else sdpa."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of each transformer block. auto: on CUDA."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass. auto: where a step would not fit without."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between two validations, besides the first and the last. Default: with each save."""
+    save_every: PositiveInt = 500
+    """Steps between two checkpoints, besides the last."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Checkpoints kept for their validation loss."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    final_weights: Literal["last", "best"] = "last"
+    """Which weights the final folder holds: of the last step, or of the best checkpoint by validation loss."""
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint of the run folder; never; or a checkpoint's path."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    tracker_project: str | None = None
+    """W&B project. Default: lacuna."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_given_alternative_replaces_a_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("warmup_steps") is not None and "warmup_share" not in data:
+            return {**data, "warmup_share": None}
+        return data
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        for first, second in ALTERNATIVES:
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"give {first} or {second}, not both")
+        if self.epochs is None and self.steps is None:
+            raise ValueError("say how long to train: epochs or steps (--epochs or --steps)")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}: "
+                f"try --micro-batch-size {_largest_divisor(self.batch_size, self.micro_batch_size)}"
+            )
+        if self.validation_dataset is None and self.validation_share is None:
+            unused = {"evaluate_every", "keep_best", "validation_split"} & self.model_fields_set
+            unused -= {"keep_best"} if self.keep_best == 0 else set()
+            if unused or self.final_weights == "best":
+                names = ", ".join(sorted(unused | ({"final_weights"} if self.final_weights == "best" else set())))
+                raise ValueError(f"{names}: there is no validation; give validation_dataset or validation_share")
+        if self.tracker_project is not None and self.tracker != "wandb":
+            raise ValueError("tracker_project is W&B's: it needs tracker = 'wandb'")
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    """Next-token prediction on plain text."""
+
+    trainer: Literal["pretrain"] = "pretrain"
+    """What the config is for."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate, reached after warmup."""
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of AdamW, on matrices only (no biases, no norms)."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    streaming: bool = False
+    """Read and tokenise while training, for data that does not fit in memory; needs steps."""
+    streaming_window: PositiveInt = 256
+    """Rows that are read, packed and shuffled together when streaming."""
+
+    @model_validator(mode="after")
+    def _streaming_agrees(self) -> Self:
+        if self.streaming and self.steps is None:
+            raise ValueError("streaming does not know the length of the data: give steps, not epochs")
+        if self.streaming and self.validation_share is not None:
+            raise ValueError("streaming cannot set a share aside: give validation_dataset")
+        if not self.streaming and "streaming_window" in self.model_fields_set:
+            raise ValueError("streaming_window needs streaming = true")
+        return self
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning: the loss is on the assistant's tokens only."""
+
+    trainer: Literal["sft"] = "sft"
+    """What the config is for."""
+    dataset_schema: Literal["auto", "chat", "prompt_completion", "instruction", "sharegpt", "text"] = "auto"
+    """Columns of the data. auto: found from the first rows, and said."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none or another one."""
+    too_long: Literal["drop", "truncate", "stop"] = "drop"
+    """What happens to conversations longer than sequence_length; they are counted and said."""
+
+
+TRAINERS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(candidate for candidate in range(min(number, limit), 0, -1) if number % candidate == 0)

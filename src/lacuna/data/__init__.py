@@ -1,0 +1,1 @@
+"""Rows → messages → tokens and mask → packed rows."""

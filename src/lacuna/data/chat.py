@@ -1,0 +1,246 @@
+"""Conversations and texts → tokens and loss mask. The one renderer of training, fine-tuning and chat.
+
+The mask comes from the template itself: from its `{% generation %}` marks where it has them, otherwise from what it
+writes after its own generation prompt, up to and including its end-of-turn token. So it also works for templates that
+nobody prepared for training. Whatever would train on the wrong tokens is counted, named, and stops the run.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lacuna.data.formats import Conversation, Example, Message, Text
+from lacuna.errors import DataError, ModelError
+
+SENTINEL = "\u2045lacuna {}\u2046"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens: [length] ids; supervised: [length] whether the token is one that the model must learn to say."""
+
+    tokens: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A sample that would teach the wrong thing."""
+
+    kind: str
+    origin: str
+    detail: str = ""
+
+
+ADVICE = {
+    "nothing to learn": "no assistant message with text in it (or all have weight 0); leave them out",
+    "everything is learned": "the mask covers the prompt too; check the chat template's generation marks",
+    "doubled BOS": "the text begins with the BOS token that the tokenizer adds too; remove one",
+    "no end of turn": "the model would never learn to stop; the template must write its end-of-turn token after the "
+    "assistant's words, and inside its generation marks where it has them",
+    "control tokens in the text": "they would steer the model as if the template had written them; remove them",
+    "refused by the template": "the chat template does not accept this sequence of messages",
+    "assistant's words not found": "the template rewrites what the assistant says; put {% generation %} marks into it "
+    "and pass it with --chat-template",
+}
+
+
+class Renderer:
+    """A tokenizer and what was learnt about its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = sorted({*special, *added}, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
+        """The text that the model sees. prompt: end with what asks the assistant to speak."""
+        text = self.tokenizer.apply_chat_template(
+            [{key: value for key, value in message.items() if key != "weight"} for message in messages],
+            tools=tools,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def has_generation_marks(self) -> bool:
+        template = self.tokenizer.get_chat_template()
+        return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The token that the template writes after an assistant's words, such as <|im_end|>.
+
+        Raises ModelError where it writes none: the model would never learn to stop.
+        """
+        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL.format(0)}]
+        after = self.render(probe).partition(SENTINEL.format(0))[2]
+        found = self._control_pattern.search(after)
+        if found is None:
+            raise ModelError(
+                "the chat template writes no end-of-turn token after the assistant's words, so the model would never "
+                "learn to stop: pass another one with --chat-template"
+            )
+        return found[0]
+
+    def conversations(self, batch: Sequence[Conversation]) -> list[Sample | Unusable]:
+        """Render and tokenise together; what cannot be trained on comes back as Unusable."""
+        rendered = [self._text_and_spans(conversation) for conversation in batch]
+        texts = [item[0] for item in rendered if not isinstance(item, Unusable)]
+        encoded = iter(self._encode(texts))
+        samples: list[Sample | Unusable] = []
+        for conversation, item in zip(batch, rendered, strict=True):
+            if isinstance(item, Unusable):
+                samples.append(item)
+                continue
+            tokens, offsets = next(encoded)
+            starts, ends = offsets[:, 0], offsets[:, 1]
+            supervised = np.zeros(len(tokens), dtype=np.bool_)
+            for start, end in item[1]:
+                supervised |= (starts >= start) & (ends <= end) & (ends > starts)
+            samples.append(self._checked(tokens, supervised, conversation.origin))
+        return samples
+
+    def _encode(self, texts: list[str]) -> Iterable[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        if not texts:
+            return
+        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            yield np.asarray(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _checked(self, tokens: NDArray[np.int32], supervised: NDArray[np.bool_], origin: str) -> Sample | Unusable:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
+            return Unusable("doubled BOS", origin)
+        if not supervised.any():
+            return Unusable("nothing to learn", origin)
+        if supervised.all():
+            return Unusable("everything is learned", origin)
+        return Sample(tokens, supervised)
+
+    def _text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]] | Unusable:
+        """The rendered text and the character spans [start, end) that the assistant says."""
+        messages, origin = conversation.messages, conversation.origin
+        turns = [message for message in messages if message["role"] == "assistant"]
+        if not any(turn.get("weight", 1) and (turn["content"].strip() or turn.get("tool_calls")) for turn in turns):
+            return Unusable("nothing to learn", origin)
+        for message in messages:
+            spoken = message["content"] + (str(message["tool_calls"]) if message.get("tool_calls") else "")
+            if found := self._control_pattern.search(spoken):
+                return Unusable("control tokens in the text", origin, f"{found[0]!r} in a {message['role']} message")
+        try:
+            text = self.render(messages, conversation.tools)
+            spans = (
+                self._marked_spans(conversation)
+                if self.has_generation_marks
+                else self._spans_after_prompts(text, conversation) or self._spans_of_contents(text, conversation)
+            )
+        except jinja2.TemplateError as error:
+            return Unusable("refused by the template", origin, str(error))
+        if spans is None or len(spans) != len(turns):
+            return Unusable("assistant's words not found", origin)
+        learned = [span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1)]
+        if any(not text[start:end].endswith(self.end_of_turn) for start, end in learned):
+            return Unusable("no end of turn", origin)
+        return text, learned
+
+    def _marked_spans(self, conversation: Conversation) -> list[tuple[int, int]]:
+        encoding = self.tokenizer.apply_chat_template(
+            [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages],
+            tools=conversation.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        mask = np.asarray([0, *encoding["assistant_masks"], 0])
+        offsets = encoding["offset_mapping"]
+        borders = np.flatnonzero(np.diff(mask))
+        return [(offsets[first][0], offsets[last - 1][1]) for first, last in borders.reshape(-1, 2).tolist()]
+
+    def _spans_after_prompts(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+        """Each turn starts where the text so far plus the generation prompt ends; None where the text differs."""
+        spans = []
+        for index, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
+            if index == 0:
+                return None
+            before = self.render(conversation.messages[:index], conversation.tools, prompt=True)
+            end = text.find(self.end_of_turn, len(before))
+            if not text.startswith(before):
+                return None
+            spans.append((len(before), end + len(self.end_of_turn) if end >= 0 else len(text)))
+        return spans
+
+    def _spans_of_contents(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+        """For templates that write earlier turns otherwise: find where each turn's words stand among the others'."""
+        contents = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
+        turn = iter(range(len(contents)))
+        marked = [
+            {**message, "content": SENTINEL.format(next(turn))} if message["role"] == "assistant" else message
+            for message in conversation.messages
+        ]
+        pieces = re.split(SENTINEL.format(r"\d+"), self.render(marked, conversation.tools))
+        if len(pieces) != len(contents) + 1:
+            return None
+        for said in (contents, [content.strip() for content in contents]):
+            joined, spans = pieces[0], []
+            for words, after in zip(said, pieces[1:], strict=True):
+                start = len(joined.rstrip(" "))
+                joined += words
+                end = after.find(self.end_of_turn)
+                spans.append((start, len(joined) + (end + len(self.end_of_turn) if end >= 0 else 0)))
+                joined += after
+            if joined == text:
+                return spans
+        return None
+
+    def texts(self, batch: Sequence[Text]) -> list[Sample | Unusable]:
+        """Plain text, all of it supervised: BOS where the tokenizer uses one, the text's tokens, end-of-sequence.
+
+        A control token's name inside the text stays text.
+        """
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if eos is None:
+            raise ModelError("the tokenizer has no end-of-sequence token: plain text cannot be told where to end")
+        starts_with_bos = bos is not None and bos in self.tokenizer("a")["input_ids"][:1]
+        encoding = self.tokenizer([text.text for text in batch], add_special_tokens=False, split_special_tokens=True)
+        samples: list[Sample | Unusable] = []
+        for text, ids in zip(batch, encoding["input_ids"], strict=True):
+            tokens = np.asarray([*([bos] if starts_with_bos else []), *ids, eos], dtype=np.int32)
+            empty = Unusable("nothing to learn", text.origin, "empty text")
+            samples.append(Sample(tokens, np.ones(len(tokens), dtype=np.bool_)) if ids else empty)
+        return samples
+
+    def examples(self, batch: Sequence[Example]) -> list[Sample | Unusable]:
+        """Render examples, which are all conversations or all texts."""
+        if batch and isinstance(batch[0], Text):
+            return self.texts([example for example in batch if isinstance(example, Text)])
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, and the data are conversations: "
+                "take the model's instruct version, or pass a Jinja file with --chat-template"
+            )
+        return self.conversations([example for example in batch if isinstance(example, Conversation)])
+
+
+def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
+    """Raise one DataError that counts every kind and names the first sample of each."""
+    problems = []
+    for kind in dict.fromkeys(item.kind for item in unusable):
+        found = [item for item in unusable if item.kind == kind]
+        detail = f" ({found[0].detail})" if found[0].detail else ""
+        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples: {ADVICE[kind]}")
+    if problems:
+        raise DataError(problems)

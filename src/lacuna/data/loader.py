@@ -1,0 +1,342 @@
+"""From a config's data settings to batches, with a position that restarts the same sequence exactly.
+
+In memory, the order is a pure function of (seed, epoch): the position is two integers. Streaming reads a window of
+rows, packs and shuffles it; its position names where the window began and how many of its rows are used up.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
+from lacuna.data.chat import Renderer, Sample, Unusable, stop_on_unusable
+from lacuna.data.formats import (
+    Broken,
+    Row,
+    Schema,
+    Text,
+    detect_schema,
+    find_files,
+    peek,
+    read_file,
+    to_examples,
+    within_limit,
+)
+from lacuna.data.packing import pack
+from lacuna.errors import DataError, LacunaError, MissingExtraError
+
+PackedRow = list[Sample]
+Position = dict[str, Any]
+Report = Callable[[str], None]
+STREAMING_CHUNK = 64
+RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Documents in memory, and which of them share a row."""
+
+    tokens: NDArray[np.int32]
+    """[tokens] all documents one after another."""
+    supervised: NDArray[np.bool_]
+    """[tokens] whether a token is one to learn."""
+    starts: NDArray[np.int64]
+    """[documents + 1] where each document starts."""
+    members: NDArray[np.int64]
+    """[documents] document numbers, those of one row together."""
+    row_starts: NDArray[np.int64]
+    """[rows + 1] where each row starts in members."""
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    def row(self, index: int) -> PackedRow:
+        documents = self.members[self.row_starts[index] : self.row_starts[index + 1]]
+        spans = [slice(self.starts[document], self.starts[document + 1]) for document in documents]
+        return [Sample(self.tokens[span], self.supervised[span]) for span in spans]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what will be trained on, packing included."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.supervised, self.starts, self.members, self.row_starts):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows of one optimizer step, and the position after it."""
+
+    rows: list[PackedRow]
+    position: Position
+
+
+def pack_samples(samples: Sequence[Sample], sequence_length: int, packing: bool) -> PackedRows:
+    """Put samples of at most sequence_length tokens into rows: packed, or one in each."""
+    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int64)
+    row_of = pack(lengths, sequence_length) if packing else np.arange(len(samples))
+    members = np.argsort(row_of, kind="stable")
+    rows = int(row_of.max()) + 1 if len(samples) else 0
+    return PackedRows(
+        tokens=np.concatenate([sample.tokens for sample in samples] or [np.empty(0, dtype=np.int32)]),
+        supervised=np.concatenate([sample.supervised for sample in samples] or [np.empty(0, dtype=np.bool_)]),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        members=members,
+        row_starts=np.searchsorted(row_of[members], np.arange(rows + 1)),
+    )
+
+
+def row_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """[rows] the order of an epoch, a pure function of its arguments."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def batches(
+    rows: PackedRows, batch_size: int, seed: int, position: Position | None, total_rows: int | None = None
+) -> Iterator[Batch]:
+    """Batches, each epoch in an order of its own; a batch may span two epochs.
+
+    total_rows: end after so many rows since the start of the run, with a short batch if they do not divide evenly;
+    None goes on for ever.
+    """
+    epoch, used = (position["epoch"], position["row"]) if position else (0, 0)
+    batch: list[PackedRow] = []
+    while total_rows is None or epoch * len(rows) + used < total_rows:
+        for index in row_order(seed, epoch, len(rows))[used:].tolist():
+            batch.append(rows.row(index))
+            used += 1
+            if len(batch) == batch_size or epoch * len(rows) + used == total_rows:
+                yield Batch(batch, {"epoch": epoch, "row": used})
+                batch = []
+        epoch, used = epoch + 1, 0
+
+
+def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tuple[PackedRows, PackedRows | None]:
+    """Read, render, check, split and pack all data of a config: training rows and validation rows.
+
+    Raises DataError with what is wrong in which file and line.
+    """
+    samples = _samples(config, config.dataset, config.dataset_split, renderer, report)
+    validation: list[Sample] | None = None
+    if config.validation_share is not None:
+        order = row_order(config.seed, 0, len(samples))
+        count = max(round(config.validation_share * len(samples)), 1)
+        if count >= len(samples):
+            raise DataError(
+                f"{config.dataset}: {len(samples)} documents are too few to keep {config.validation_share:.0%} of "
+                "them for validation"
+            )
+        validation = [samples[index] for index in sorted(order[:count].tolist())]
+        samples = [samples[index] for index in sorted(order[count:].tolist())]
+    elif config.validation_dataset is not None:
+        validation = _samples(config, config.validation_dataset, config.validation_split, renderer, report)
+    rows = pack_samples(samples, config.sequence_length, config.packing)
+    _describe(rows, config.dataset, config.sequence_length, report)
+    if config.batch_size > len(rows):
+        raise DataError(
+            f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {len(rows)} of "
+            f"{config.sequence_length} tokens: lower --batch-size or --sequence-length"
+        )
+    if validation is None:
+        return rows, None
+    validation_rows = pack_samples(validation, config.sequence_length, config.packing)
+    _describe(validation_rows, config.validation_dataset or "validation share", config.sequence_length, report)
+    return rows, validation_rows
+
+
+def _describe(rows: PackedRows, name: str, sequence_length: int, report: Report) -> None:
+    tokens = len(rows.tokens)
+    report(
+        f"{name}: {len(rows.starts) - 1:,} documents, {tokens:,} tokens ({rows.supervised.mean():.0%} learned), "
+        f"{len(rows):,} rows of {sequence_length} ({tokens / (len(rows) * sequence_length):.1%} full)"
+    )
+
+
+def _samples(config: TrainingConfig, dataset: str, split: str, renderer: Renderer, report: Report) -> list[Sample]:
+    files = find_files(dataset)
+    if files is not None:
+        rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file))
+    else:
+        rows = (row for row, _ in _hub_rows(config, dataset, split, None, streaming=False))
+    first, rows = peek(rows)
+    schema = _schema(config, first, dataset, report) if first else None
+    examples = within_limit(to_examples(rows, schema) if schema else rows, config.unreadable_share, report)
+    samples: list[Sample] = []
+    unusable: list[Unusable] = []
+    total = 0
+    while chunk := list(islice(examples, 1000)):
+        total += len(chunk)
+        for result in renderer.examples(chunk):
+            if isinstance(result, Sample):
+                samples.append(result)
+            else:
+                unusable.append(result)
+    stop_on_unusable(unusable, total)
+    if not samples:
+        raise DataError(f"{dataset}: there are no rows in it")
+    assert schema is not None
+    return _fit(samples, schema, config, dataset, report)
+
+
+def _schema(config: TrainingConfig, rows: list[Row], where: str, report: Report) -> Schema:
+    wanted = config.dataset_schema if isinstance(config, SFTConfig) else "text"
+    schema = detect_schema(rows, wanted, config.text_column, where)
+    unused = f"; columns not used: {', '.join(schema.unused_columns)}" if schema.unused_columns else ""
+    report(f"{where}: schema {schema.reason}{unused}")
+    return schema
+
+
+def _fit(
+    samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report
+) -> list[Sample]:
+    """Texts are cut into pieces of sequence_length; for conversations, too_long decides."""
+    limit = config.sequence_length
+    if schema.name == "text" or not isinstance(config, SFTConfig):
+        return [piece for sample in samples for piece in pieces(sample, limit)]
+    too_long = [sample for sample in samples if len(sample.tokens) > limit]
+    if not too_long:
+        return samples
+    found = f"{name}: {len(too_long):,} of {len(samples):,} conversations are longer than sequence_length {limit}"
+    found += f" (the longest has {max(len(sample.tokens) for sample in too_long):,} tokens)"
+    if config.too_long == "stop":
+        raise DataError(f"{found}: raise --sequence-length, or choose --too-long drop or truncate")
+    cut = [Sample(sample.tokens[:limit], sample.supervised[:limit]) for sample in samples]
+    if config.too_long == "truncate":
+        kept = [sample for sample in cut if sample.supervised[1:].any()]
+        report(f"{found}: cut off; {len(cut) - len(kept):,} of them had nothing left to learn and are left out")
+    else:
+        kept = [sample for sample in samples if len(sample.tokens) <= limit]
+        report(f"{found}: left out (too_long = 'drop')")
+    if not kept:
+        raise DataError(f"{found}: nothing is left to train on; raise --sequence-length")
+    return kept
+
+
+def pieces(sample: Sample, limit: int) -> list[Sample]:
+    """A text in pieces of at most limit tokens; a last piece of one token has nothing to predict and is left out."""
+    starts = range(0, len(sample.tokens), limit)
+    cut = [Sample(sample.tokens[start : start + limit], sample.supervised[start : start + limit]) for start in starts]
+    return [piece for piece in cut if len(piece.tokens) > 1]
+
+
+def stream(config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None) -> Iterator[Batch]:
+    """Batches without end from data too large for memory; the next window is read while this one is trained on."""
+    batch: list[PackedRow] = []
+    with ThreadPoolExecutor(1) as reader:
+        used = position["row"] if position else 0
+        windows = _windows(config, renderer, report, position)
+        following = reader.submit(next, windows)
+        while True:
+            rows, window = following.result()
+            following = reader.submit(next, windows)
+            for index in row_order(config.seed, window["window"], len(rows))[used:].tolist():
+                batch.append(rows.row(index))
+                used += 1
+                if len(batch) == config.batch_size:
+                    yield Batch(batch, {**window, "row": used})
+                    batch = []
+            used = 0
+
+
+def _windows(
+    config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None
+) -> Iterator[tuple[PackedRows, Position]]:
+    """Packed windows and the position at which each began; a window ends with a chunk of documents or an epoch."""
+    start = position or {"epoch": 0, "window": 0, "source": None}
+    epoch, number, source = start["epoch"], start["window"], start["source"]
+    enough = config.streaming_window * config.sequence_length
+    while True:
+        examples = _stream_examples(config, source, report)
+        samples: list[Sample] = []
+        tokens = 0
+        while chunk := list(islice(examples, STREAMING_CHUNK)):
+            texts = renderer.texts([text for text, _ in chunk])
+            found = [piece for text in texts if isinstance(text, Sample) for piece in pieces(text, config.sequence_length)]
+            samples += found
+            tokens += sum(len(sample.tokens) for sample in found)
+            if tokens >= enough:
+                packed = pack_samples(samples, config.sequence_length, config.packing)
+                yield packed, {"epoch": epoch, "window": number, "source": source}
+                number, source, samples, tokens = number + 1, chunk[-1][1](), [], 0
+        if samples:
+            packed = pack_samples(samples, config.sequence_length, config.packing)
+            yield packed, {"epoch": epoch, "window": number, "source": source}
+            number += 1
+        elif source is None:
+            raise DataError(f"{config.dataset}: there is no text in it")
+        epoch, source = epoch + 1, None
+
+
+def _stream_examples(
+    config: PretrainConfig, state: Any, report: Report
+) -> Iterator[tuple[Text, Callable[[], Any]]]:
+    """Texts, each with a function that gives the source's state after it."""
+    files = find_files(config.dataset)
+    if files is not None:
+        rows = _file_rows(files, state)
+    else:
+        rows = _hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
+    schema: Schema | None = None
+
+    def converted() -> Iterator[tuple[Text, Callable[[], Any]] | Broken]:
+        nonlocal schema
+        for row, state_after in rows:
+            if isinstance(row, Row) and schema is None:
+                schema = detect_schema([row], "text", config.text_column, config.dataset)
+            example = row if isinstance(row, Broken) or schema is None else next(to_examples([row], schema))
+            yield (example, state_after) if isinstance(example, Text) else cast(Broken, example)
+
+    return within_limit(converted(), config.unreadable_share, report)
+
+
+def _file_rows(files: list[Path], state: Any) -> RowsWithState:
+    first_file, skip = state or (0, 0)
+    for index in range(first_file, len(files)):
+        for number, row in enumerate(read_file(files[index])):
+            if index > first_file or number >= skip:
+                yield row, lambda index=index, number=number: [index, number + 1]  # type: ignore[misc]
+
+
+def _hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("train", "datasets") from None
+    try:
+        data = datasets.load_dataset(name, config.dataset_subset, split=split, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise DataError(f"{name}: no such file or folder, and not a hub data set either: {error}") from error
+    if state is not None:
+        data.load_state_dict(state["hub"])
+    number = state["number"] if state else 0
+    for values in data:
+        number += 1
+        yield (
+            Row(values, f"{name} ({split}): row {number}"),
+            lambda number=number: {"hub": data.state_dict(), "number": number},
+        )
+
+
+def check_data_settings(config: TrainingConfig) -> None:
+    """Settings that only hub data sets read are refused for files, before anything is loaded."""
+    problems: list[str] = []
+    hub_settings = [(config.dataset, ("dataset_subset", "dataset_split"))]
+    if config.validation_dataset is not None:
+        hub_settings.append((config.validation_dataset, ("validation_split",)))
+    for dataset, settings in hub_settings:
+        try:
+            is_local = find_files(dataset) is not None
+        except LacunaError as error:
+            problems += error.problems
+            continue
+        given = [setting for setting in settings if setting in config.model_fields_set and is_local]
+        problems += [f"{setting} is for hub data sets, but {dataset} is a file or folder" for setting in given]
+    if problems:
+        raise DataError(problems)

@@ -1,0 +1,59 @@
+"""Every failure that a user can cause or mend.
+
+LacunaError            exit 2, one message, no traceback
+├── ConfigError        a config file, a flag or a value in it
+├── DataError          a data file, its rows, or what the chat template makes of them
+├── ModelError         a model folder or name, its tokenizer, or what the model cannot do
+├── RunError           the run folder: in use, of another run, damaged, disk full
+├── NonFiniteLossError training diverged; the last checkpoint is untouched
+└── MissingExtraError  an optional dependency is not installed
+Interrupted            exit 128 + signal: stopped on request, everything is saved
+"""
+
+from collections.abc import Sequence
+
+
+class LacunaError(Exception):
+    """One or several problems, each a sentence that says what, where and what to do."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(LacunaError):
+    """A config file, a flag or a value in it."""
+
+
+class DataError(LacunaError):
+    """A data file, its rows, or what the chat template makes of them."""
+
+
+class ModelError(LacunaError):
+    """A model folder or name, its tokenizer, or what the model cannot do."""
+
+
+class RunError(LacunaError):
+    """The run folder: in use, of another run, damaged, or the disk is full."""
+
+
+class NonFiniteLossError(LacunaError):
+    """The loss or the gradient is not a number; the optimizer has not moved."""
+
+
+class MissingExtraError(LacunaError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, extra: str, module: str) -> None:
+        super().__init__(
+            f"this command needs {module!r}, which is not installed: "
+            f"pip install 'lacuna[{extra}]' (in a checkout: make install)"
+        )
+
+
+class Interrupted(Exception):
+    """A signal asked for the end; `signal_number` gives the exit code."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        self.signal_number = signal_number
+        super().__init__(message)

@@ -1,0 +1,1 @@
+"""The run folder, where the stages meet. Nothing here imports torch."""

@@ -1,0 +1,122 @@
+"""The run folder: config, provenance, status, metrics, checkpoints, final. Nothing here imports torch.
+
+    config.toml        every setting, the defaults too; can be run again as it stands
+    provenance.json    command, versions, machine, data
+    status.json        state, step, reason
+    metrics.jsonl      a line for each logged step
+    checkpoints/       step-00000500 …, each whole or absent
+    final/             a Hugging Face folder
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import RunError
+
+PACKAGES = ("lacuna", "torch", "transformers", "tokenizers", "datasets", "numpy")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there with all its text, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however that ends. Raises RunError if another holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: IO[str] = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise RunError(f"output_dir {folder}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunError(
+                f"output_dir {folder} is being trained by process {lock.read().strip() or '(unknown)'}: wait for it, "
+                "or choose another --output-dir"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raise RunError where the folder holds something that is not a run: nothing of it may be mixed up or lost."""
+    if not folder.exists() or (folder / "config.toml").exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"output_dir {folder} is a file")
+    foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if foreign:
+        raise RunError(
+            f"output_dir {folder} is not empty and not a run folder (it holds {', '.join(foreign[:5])}): "
+            "choose another --output-dir"
+        )
+
+
+def write_config(folder: Path, config: TrainingConfig) -> None:
+    settings = {name: value for name, value in config.model_dump().items() if value is not None}
+    write_whole(folder / "config.toml", tomli_w.dumps(settings))
+
+
+def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
+    """Add this start to provenance.json: who looks at a run later sees every command that touched it."""
+    path = folder / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git": _git_state(),
+        **facts,
+    }
+    write_json(path, {"starts": [*starts, start]})
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(changes.stdout.strip())}
+
+
+def write_status(folder: Path, state: str, step: int, total_steps: int | None, **more: Any) -> None:
+    """state: starting, running, finished, interrupted or failed."""
+    facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": time.time()}
+    write_json(folder / "status.json", {**facts, **more})
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    path = folder / "status.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,41 @@
+"""metrics.jsonl: one JSON object a line, in the order of the steps. Nothing here imports torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lacuna.runs.folder import write_whole
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines; a line that a crash cut off is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class MetricsLog:
+    """Appends lines; those of steps that will be taken again since the checkpoint are dropped when it opens."""
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        kept = [line for line in read_metrics(folder) if line["step"] <= after_step]
+        path = folder / "metrics.jsonl"
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(values)) + "\n")
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -1,0 +1,1 @@
+"""Our own loop for pretraining and SFT."""

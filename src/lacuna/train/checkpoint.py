@@ -1,0 +1,233 @@
+"""Checkpoints: whole or absent, safetensors and JSON only, written beside the training.
+
+A checkpoint is written into a hidden folder; last comes manifest.json with the size and SHA-256 of every file; then
+the folder gets its name. Whoever finds a named folder whose files match its manifest has all of it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lacuna.errors import RunError
+from lacuna.runs.folder import write_json
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What resumes besides tensors."""
+
+    step: int
+    position: dict[str, Any]
+    """Where the next batch starts (lacuna.data.loader)."""
+    tokens: int
+    validation_loss: float | None
+    precision: str
+    data: str | None
+    """Fingerprint of the packed data; None when streaming."""
+    config: dict[str, Any]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that resumes as tensors, by name: weights (shared ones once), AdamW's moments, random state."""
+    stored = model.state_dict().keys()
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
+    tensors |= {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
+    moments = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        tensors["random.mps"] = torch.mps.get_rng_state()
+    return tensors
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Load weights, moments and random state in place. Random state of a device that is not here is left out."""
+    tensors = tensors_of(model, optimizer)
+    _load(checkpoint, tensors)
+    moments = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    loaded = {name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")}
+    set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=FLAT)
+    torch.set_rng_state(tensors["random.cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["random.mps"])
+    return read_state(checkpoint)
+
+
+def restore_weights(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the weights alone."""
+    names = tensors_of(model, optimizer)
+    _load(checkpoint, {name: tensor for name, tensor in names.items() if name.startswith("model.")})
+
+
+def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    return TrainingState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread and keeps the best and the newest."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+
+    def save(self, tensors: dict[str, Tensor], state: TrainingState) -> None:
+        """Copy the tensors and return; the rest happens beside the training. Waits for the save before it."""
+        self.wait()
+        name = checkpoint_name(state.step)
+        if (self.folder / name).exists():
+            return
+        partial = self.folder / f".{name}.partial"
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise _cannot_write(name, error) from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            written = dcp.async_save(tensors, storage_writer=writer, no_dist=True)
+        assert isinstance(written, Future)
+        self._pending = self._thread.submit(self._finish, written, partial, self.folder / name, state)
+
+    def _finish(self, written: "Future[Any]", partial: Path, final: Path, state: TrainingState) -> None:
+        try:
+            written.result()
+            write_json(partial / "state.json", asdict(state))
+            files = sorted(path for path in partial.iterdir())
+            manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+            write_json(partial / "manifest.json", {"files": manifest})
+            partial.rename(final)
+            _sync_folder(self.folder)
+            for name in superfluous(self.folder, self.keep_last, self.keep_best):
+                doomed = (self.folder / name).rename(self.folder / f".{name}.partial")
+                shutil.rmtree(doomed)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _cannot_write(final.name, error) from error
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises RunError where writing failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+def _cannot_write(name: str, error: Exception) -> RunError:
+    causes = list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
+    cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
+    return RunError(
+        f"checkpoint {name} could not be written: {cause}; the checkpoints before it are whole: make room on the "
+        "disk, then run the same command to go on from the newest"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def superfluous(folder: Path, keep_last: int, keep_best: int) -> list[str]:
+    """Names of checkpoints that are neither among the newest nor among the best by validation loss."""
+    names = sorted(path.name for path in folder.glob("step-*"))
+    losses = {name: read_state(folder / name).validation_loss for name in names}
+    ranked = sorted((loss, name) for name, loss in losses.items() if loss is not None)
+    kept = set(names[-keep_last:]) | {name for _, name in ranked[:keep_best]}
+    return [name for name in names if name not in kept]
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss."""
+    losses = [(read_state(path).validation_loss, path) for path in sorted(folder.glob("step-*"))]
+    return min(((loss, path) for loss, path in losses if loss is not None), default=(None, None))[1]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where all are as the manifest says."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "manifest.json is missing or damaged"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint; damaged ones are put aside under another name, with a warning each.
+
+    Raises RunError where there are checkpoints but all are damaged.
+    """
+    candidates: Sequence[Path] = sorted(folder.glob("step-*"), reverse=True)
+    put_aside = []
+    for candidate in candidates:
+        reason = damage(candidate)
+        if reason is None:
+            for broken in put_aside:
+                broken.rename(_free_name(broken))
+            return candidate
+        warn(f"{candidate} is damaged ({reason}); trying the checkpoint before it")
+        put_aside.append(candidate)
+    if candidates:
+        raise RunError(f"{folder}: every checkpoint is damaged: start again with another --output-dir")
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    names = [path.with_name(f"damaged-{path.name}")]
+    names += [path.with_name(f"damaged-{path.name}-{number}") for number in range(2, 1000)]
+    return next(name for name in names if not name.exists())

@@ -1,0 +1,239 @@
+"""The training loop of pretraining and SFT, from a config to a finished run folder."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
+from lacuna.data.chat import Renderer
+from lacuna.data.collate import MicroBatch, collate
+from lacuna.data.loader import Batch, PackedRow, PackedRows, batches, stream
+from lacuna.errors import Interrupted, NonFiniteLossError
+from lacuna.runs.folder import write_status
+from lacuna.runs.metrics import MetricsLog
+from lacuna.train.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    best_checkpoint,
+    restore,
+    restore_weights,
+    tensors_of,
+)
+from lacuna.train.metrics import Window, model_flops
+from lacuna.train.model import Execution, LossModel, needs_checkpointing, prepare_blocks, prove_loss, stop_at_end_of_turn
+from lacuna.train.optimizer import learning_rate_at, make_optimizer
+from lacuna.train.progress import TrainingProgress
+from lacuna.train.signals import StopRequest
+from lacuna.train.trackers import open_tracker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its first step."""
+
+    folder: Path
+    execution: Execution
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    train_rows: PackedRows | None
+    """None when streaming."""
+    validation_rows: PackedRows | None
+    total_steps: int
+    fingerprint: str | None
+    resume_from: Path | None
+
+
+def train_steps(
+    config: TrainingConfig, prepared: Prepared, model: LossModel, console: Console, stop: StopRequest
+) -> None:
+    """Train from the last checkpoint, or from the start, to the last step, and write the final folder.
+
+    Raises NonFiniteLossError before the optimizer moves, Interrupted after saving, RunError where saving fails.
+    """
+    execution, folder, total_steps = prepared.execution, prepared.folder, prepared.total_steps
+    optimizer = make_optimizer(model, config)
+    flops = model_flops(model.causal_lm, config.sequence_length)
+    peak_flops = execution.device.peak_bf16_flops if execution.dtype == torch.bfloat16 else None
+    writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best)
+    state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
+    if prepared.resume_from is not None:
+        state = restore(prepared.resume_from, model.causal_lm, optimizer)
+        console.print(f"resuming from {prepared.resume_from} (step {state.step} of {total_steps})")
+    source = read_batches(config, prepared, state.position or None, console)
+    due = lambda step, every: step % every == 0 or step == total_steps  # noqa: E731
+    stop.at_once = False
+    with (
+        MetricsLog(folder, state.step) as log,
+        open_tracker(config, folder, state.step) as track,
+        TrainingProgress(console, total_steps, state.step) as progress,
+    ):
+        window = Window()
+        step, tokens, position, validation_loss = state.step, state.tokens, state.position, state.validation_loss
+        evaluate_every = config.evaluate_every or config.save_every
+        while True:
+            if validation_loss is None and (step == 0 or due(step, evaluate_every) or due(step, config.save_every)):
+                validation_loss = evaluate(config, prepared, model, stop)
+                if validation_loss is not None:
+                    log.write({"step": step, "validation_loss": validation_loss})
+                    track(step, {"validation_loss": validation_loss})
+                    console.print(f"step {step}/{total_steps} | validation loss {validation_loss:.4f}")
+            if step > state.step and (due(step, config.save_every) or stop):
+                state = replace(state, step=step, position=position, tokens=tokens, validation_loss=validation_loss)
+                writer.save(tensors_of(model.causal_lm, optimizer), state)
+            if stop:
+                writer.wait()
+                raise Interrupted(stop.signal_number or 0, f"stopped after step {step}, which is saved")
+            if step == total_steps:
+                break
+
+            started = time.perf_counter()
+            batch = next(source)
+            micro_batches = collate_batch(config, prepared, batch.rows)
+            window.data_seconds += time.perf_counter() - started
+            step, position, validation_loss = step + 1, batch.position, None
+            targets = sum(len(micro.targets) for micro in micro_batches)
+            losses = []
+            for micro in micro_batches:
+                loss = model(*to_device(micro, execution), scale=1 / max(targets, 1))
+                loss.backward()
+                losses.append(loss.detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+            *loss_parts, norm_value = torch.stack([*losses, norm]).tolist()
+            if not math.isfinite(sum(loss_parts)) or not math.isfinite(norm_value):
+                writer.wait()
+                raise non_finite(step, batch, micro_batches, loss_parts, norm_value, prepared, config)
+            learning_rate = learning_rate_at(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+            window.seconds += time.perf_counter() - started
+            window.add(micro_batches, flops, config.sequence_length)
+            tokens += sum(micro.tokens for micro in micro_batches)
+            progress.advance(step)
+            if due(step, config.log_every) or step == 1:
+                values = {
+                    "loss": sum(loss_parts), "learning_rate": learning_rate, "gradient_norm": norm_value,
+                    "tokens": tokens, "targets": targets, "epoch": position["epoch"],
+                    **window.speed(peak_flops), **peak_memory(execution),
+                }  # fmt: skip
+                log.write({"step": step, **values})
+                track(step, values)
+                progress.show({"step": step, **values})
+                write_status(folder, "running", step, total_steps, loss=values["loss"])
+                window = Window()
+        writer.wait()
+    if config.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints")) is not None:
+        restore_weights(best, model.causal_lm, optimizer)
+        console.print(f"final weights: {best}")
+    write_final(model, prepared)
+    write_status(folder, "finished", total_steps, total_steps)
+
+
+def read_batches(
+    config: TrainingConfig, prepared: Prepared, position: dict[str, Any] | None, console: Console
+) -> Iterator[Batch]:
+    """Batches from the position on, from memory or streamed. The last batch of all epochs may be a short one."""
+    if isinstance(config, PretrainConfig) and config.streaming:
+        return stream(config, prepared.renderer, console.print, position)
+    assert prepared.train_rows is not None
+    rows = config.epochs * len(prepared.train_rows) if config.epochs is not None else None
+    return batches(prepared.train_rows, config.batch_size, config.seed, position, rows)
+
+
+def collate_batch(config: TrainingConfig, prepared: Prepared, rows: list[PackedRow]) -> list[MicroBatch]:
+    """Rows of an optimizer step → forward passes; padded to one length where compilation would trip over many."""
+    padding = prepared.tokenizer.pad_token_id
+    padding = padding if padding is not None else prepared.tokenizer.eos_token_id
+    length = config.sequence_length if prepared.execution.compile else None
+    return [
+        collate(rows[start : start + config.micro_batch_size], padding or 0, length, prepared.execution.flatten_rows)
+        for start in range(0, len(rows), config.micro_batch_size)
+    ]
+
+
+def to_device(micro: MicroBatch, execution: Execution) -> tuple[Tensor, ...]:
+    arrays = (micro.input_ids, micro.position_ids, micro.predicting, micro.targets)
+    return tuple(torch.from_numpy(array).to(execution.device.type, non_blocking=True) for array in arrays)
+
+
+@torch.no_grad()
+def evaluate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop: StopRequest) -> float | None:
+    """Mean loss per supervised token of all validation rows; None without validation or when asked to stop."""
+    rows = prepared.validation_rows
+    if rows is None:
+        return None
+    model.eval()
+    total, targets = 0.0, 0
+    for start in range(0, len(rows), config.micro_batch_size):
+        chunk = [rows.row(index) for index in range(start, min(start + config.micro_batch_size, len(rows)))]
+        for micro in collate_batch(config, prepared, chunk):
+            if stop:
+                break
+            total += float(model(*to_device(micro, prepared.execution), scale=1.0))
+            targets += len(micro.targets)
+    model.train()
+    return None if stop else total / max(targets, 1)
+
+
+def non_finite(
+    step: int, batch: Batch, micro_batches: list[MicroBatch], losses: list[float], norm: float, prepared: Prepared,
+    config: TrainingConfig,
+) -> NonFiniteLossError:  # fmt: skip
+    """The error that names the rows, how they begin, and what to do."""
+    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    what = f"the loss is {losses[bad]}" if bad is not None else f"the gradient norm is {norm}"
+    start = prepared.tokenizer.decode(micro_batches[bad or 0].input_ids[0, :24])
+    return NonFiniteLossError(
+        f"step {step}: {what} in micro-batch {(bad or 0) + 1} of {len(micro_batches)}, whose first row begins "
+        f"{start!r} (the batch ends at {batch.position}). The optimizer has not moved and the checkpoints before are "
+        f"untouched: look at these rows, lower learning_rate (now {config.learning_rate:g}) or lengthen the warmup, "
+        "and start in another --output-dir"
+    )
+
+
+def peak_memory(execution: Execution) -> dict[str, float]:
+    """Most memory that tensors took so far, in GiB, on CUDA."""
+    if execution.device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def write_final(model: LossModel, prepared: Prepared) -> None:
+    """A plain Hugging Face folder, in the precision of the computation."""
+    final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.causal_lm.to(prepared.execution.dtype).save_pretrained(partial)
+    prepared.tokenizer.save_pretrained(partial)
+    partial.rename(final)
+
+
+def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, console: Console) -> LossModel:
+    """Prove the loss, then wrap checkpointing and compilation around the blocks, and say what was chosen."""
+    execution = prepared.execution
+    model = LossModel(causal_lm, execution.dtype)
+    chunked = prove_loss(model, execution.flatten_rows, config.packing)
+    checkpointing = config.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing = needs_checkpointing(config, causal_lm, execution.device)
+    prepare_blocks(causal_lm, checkpointing, execution.compile)
+    if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
+        stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.end_of_turn)
+    parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
+    console.print(
+        f"{type(causal_lm).__name__}: {parameters / 1e6:,.1f} M parameters on {execution.device.name}, "
+        f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, "
+        f"{'chunked' if chunked else 'plain'} loss, activation checkpointing {'on' if checkpointing else 'off'}, "
+        f"compilation {'on' if execution.compile else 'off'}",
+        soft_wrap=True,
+    )
+    return model.train()

@@ -1,0 +1,92 @@
+"""FLOPs and MFU."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lacuna.data.collate import MicroBatch
+from lacuna.train.model import transformer_blocks
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """The numbers of a model that decide its FLOPs."""
+
+    block_parameters: int
+    """Weights of the matrix products in all transformer blocks."""
+    head_parameters: int
+    """hidden size × vocabulary."""
+    all_parameters: int
+    layers: int
+    attention_width: int
+    """heads × head dimension."""
+
+    def training(self, tokens: int, targets: int, attention_pairs: int) -> int:
+        """FLOPs of a forward and backward pass that cannot be avoided; recomputation does not count.
+
+        A weight costs 2 FLOPs for each token forward and 4 backward; a query-key pair costs 4 × attention width
+        forward (scores, then values) and twice that backward. The head is needed for supervised tokens only.
+        attention_pairs: of causal attention within documents, n(n+1)/2 for n tokens.
+        """
+        return (
+            6 * self.block_parameters * tokens
+            + 6 * self.head_parameters * targets
+            + 12 * self.layers * self.attention_width * attention_pairs
+        )
+
+    def palm(self, tokens: int, sequence_length: int) -> int:
+        """FLOPs as PaLM counts them: every parameter, full attention over the whole row.
+
+        # ref: Chowdhery et al. 2022, arXiv 2204.02311, appendix B
+        """
+        return tokens * (6 * self.all_parameters + 12 * self.layers * self.attention_width * sequence_length)
+
+
+def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | None:
+    """None where the formula would be wrong: experts of which a token uses some, or a sliding window in use."""
+    config = model.config.get_text_config().to_dict()
+    has_experts = any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    window = config.get("sliding_window")
+    slides = "sliding_attention" in (config.get("layer_types") or []) and window and window < sequence_length
+    if has_experts or slides:
+        return None
+    blocks = transformer_blocks(model)
+    heads = config["num_attention_heads"]
+    head_dimension = config.get("head_dim") or config["hidden_size"] // heads
+    return ModelFlops(
+        block_parameters=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2),
+        head_parameters=model.get_output_embeddings().weight.numel(),
+        all_parameters=sum(p.numel() for p in model.parameters()),
+        layers=len(blocks),
+        attention_width=heads * head_dimension,
+    )
+
+
+@dataclass
+class Window:
+    """What is added up between two lines of metrics."""
+
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    tokens: int = 0
+    flops: int = 0
+    palm_flops: int = 0
+
+    def add(self, batch: list[MicroBatch], flops: ModelFlops | None, sequence_length: int) -> None:
+        tokens = sum(micro.tokens for micro in batch)
+        self.tokens += tokens
+        if flops is not None:
+            targets = sum(len(micro.targets) for micro in batch)
+            self.flops += flops.training(tokens, targets, sum(micro.attention_pairs for micro in batch))
+            self.palm_flops += flops.palm(tokens, sequence_length)
+
+    def speed(self, peak_flops: float | None) -> dict[str, float]:
+        """tokens_per_second, data_wait (share of the time) and, where the device's peak is known, mfu and mfu_palm."""
+        speed = {
+            "tokens_per_second": self.tokens / self.seconds,
+            "data_wait": self.data_seconds / self.seconds,
+        }
+        if peak_flops is not None and self.flops:
+            speed["mfu"] = self.flops / self.seconds / peak_flops
+            speed["mfu_palm"] = self.palm_flops / self.seconds / peak_flops
+        return speed

@@ -1,0 +1,251 @@
+"""The model: loading it, what the loop wraps around it, and the proof that packing does not leak."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from lacuna.config.training import SFTConfig, TrainingConfig
+from lacuna.errors import ConfigError, ModelError
+from lacuna.platform.detect import Device
+from lacuna.train.loss import chunked_cross_entropy
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+LEAK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest difference of a loss per token that rounding may explain; a leak between documents is some 100 times that."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What `auto` settings came to on this device."""
+
+    device: Device
+    dtype: torch.dtype
+    attention: str
+    compile: bool
+
+    @property
+    def flatten_rows(self) -> bool:
+        """transformers' flash attention tells documents apart only in a batch of one row."""
+        return self.attention.startswith("flash_attention")
+
+
+def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
+    """Settle precision, attention and compilation. Raises ConfigError for what the device cannot do."""
+    on_cuda = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported() if on_cuda else True
+    wanted = {"auto": "bf16" if device.type != "cpu" and has_bf16 else "fp32"}.get(config.precision, config.precision)
+    if wanted == "bf16" and not has_bf16:
+        raise ConfigError(f"precision 'bf16': {device.name} has no bf16; choose --precision fp32")
+    dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
+    has_flash = on_cuda and importlib.util.find_spec("flash_attn") is not None
+    attention = config.attention
+    if attention == "auto":
+        attention = "flash_attention_2" if has_flash and dtype == torch.bfloat16 else "sdpa"
+    if attention == "flash_attention_2" and not (has_flash and dtype == torch.bfloat16):
+        raise ConfigError(
+            "attention 'flash_attention_2' needs CUDA, bf16 and the package flash-attn; choose --attention auto"
+        )
+    return Execution(device, dtype, attention, on_cuda if config.compile == "auto" else config.compile)
+
+
+def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with the config's chat template if it gives one. Raises ModelError."""
+    _check_model_name(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name, revision=config.model_revision or "main")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config.model_name}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{config.model_name}: only fast tokenizers (tokenizer.json) give exact loss masks")
+    if isinstance(config, SFTConfig) and config.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"chat_template {config.chat_template}: {error.strerror}") from error
+    return tokenizer
+
+
+def load_model_config(config: TrainingConfig) -> Any:
+    """The model's config.json. Raises ModelError: not there, or too short for sequence_length."""
+    _check_model_name(config)
+    try:
+        model_config = AutoConfig.from_pretrained(config.model_name, revision=config.model_revision or "main")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config.model_name}: no model could be found: {_first_line(error)}") from error
+    longest = model_config.get_text_config().to_dict().get("max_position_embeddings")
+    if longest is not None and config.sequence_length > longest:
+        raise ModelError(
+            f"sequence_length {config.sequence_length} is more than the {longest} positions of {config.model_name}: "
+            f"pass --sequence-length {longest} or less"
+        )
+    return model_config
+
+
+def _check_model_name(config: TrainingConfig) -> None:
+    is_folder = Path(config.model_name).is_dir()
+    looks_like_path = config.model_name.startswith(("/", ".", "~")) or config.model_name.count("/") > 1
+    if looks_like_path and not is_folder:
+        raise ModelError(f"model_name {config.model_name}: no such folder")
+    if is_folder and config.model_revision is not None:
+        raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def load_model(
+    config: TrainingConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase, execution: Execution
+) -> PreTrainedModel:
+    """The model in fp32 on the device, random or pretrained. Raises ModelError where weights or vocabulary lack."""
+    settings = {"dtype": torch.float32, "attn_implementation": execution.attention}
+    torch.manual_seed(config.seed)
+    if config.initialise == "random":
+        model = AutoModelForCausalLM.from_config(model_config, **settings)
+    else:
+        try:
+            model, information = AutoModelForCausalLM.from_pretrained(
+                config.model_name,
+                revision=config.model_revision or "main",
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{config.model_name}: its weights cannot be loaded: {_first_line(error)}") from error
+        if information["missing_keys"]:
+            raise ModelError(
+                f"{config.model_name}: the weights lack {', '.join(sorted(information['missing_keys'])[:5])}, which "
+                "would start at random; use initialise = 'random' to train from scratch"
+            )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"{config.model_name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary} embeddings"
+        )
+    return model.to(execution.device.type)
+
+
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that repeat: what is compiled, checkpointed and sharded one by one."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return list(module)
+    raise ModelError(f"{type(model).__name__}: no list of {wanted} layers found in it")
+
+
+def prepare_blocks(model: PreTrainedModel, checkpointing: bool, compiled: bool) -> None:
+    """Activation checkpointing first, compilation inside it: each block's recomputation then runs compiled too."""
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    if compiled:
+        for block in transformer_blocks(model):
+            block.compile()
+
+
+def needs_checkpointing(config: TrainingConfig, model: PreTrainedModel, device: Device) -> bool:
+    """Whether weights, gradients, AdamW and activations of a step would take more than 80 % of the device's memory.
+
+    Activations by Korthikanti et al. 2022, equation 2 without the attention term: 34 bytes × hidden size for every
+    token and layer in 16 bit. False on a device of unknown memory.
+    # ref: arXiv 2205.05198
+    """
+    if device.memory is None:
+        return False
+    text_config = model.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = config.micro_batch_size * config.sequence_length
+    activations = 34 * text_config.hidden_size * text_config.num_hidden_layers * tokens
+    return 16 * parameters + activations > 0.8 * device.memory
+
+
+class LossModel(nn.Module):
+    """The model and its loss as one forward pass, so that whatever wraps the module covers both."""
+
+    def __init__(self, causal_lm: PreTrainedModel, dtype: torch.dtype, chunked: bool = True) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.dtype = dtype
+        self.chunked = chunked
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "rows length"],
+        position_ids: Int[Tensor, "rows length"],
+        predicting: Int[Tensor, " targets"],
+        targets: Int[Tensor, " targets"],
+        scale: float,
+    ) -> Float[Tensor, ""]:
+        """Sum of the targets' cross-entropies times scale.
+
+        position_ids restart with every document: that, with no attention mask and no cache, is what keeps documents
+        apart. predicting: flat indices (row × length + column) of the tokens that predict targets.
+        # ref: https://github.com/huggingface/transformers/pull/46634 (a cache or a mask silently joins documents)
+        """
+        arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self.chunked:
+                hidden = self.causal_lm.base_model(**arguments).last_hidden_state
+                picked = hidden.flatten(0, 1).index_select(0, predicting)
+                weight = self.causal_lm.get_output_embeddings().weight
+                return chunked_cross_entropy(picked, weight, targets, scale, self.dtype)
+            logits = self.causal_lm(**arguments).logits
+        picked = logits.flatten(0, 1).index_select(0, predicting).float()
+        return functional.cross_entropy(picked, targets, reduction="sum") * scale
+
+
+@torch.no_grad()
+def prove_loss(model: LossModel, flatten_rows: bool, packing: bool) -> bool:
+    """Run two tiny documents packed and alone, with the chunked loss and the model's own logits.
+
+    Returns whether the chunked loss equals the plain one (a model may scale or cap its logits after the head).
+    Raises ModelError where a document's loss changes because another one stands before it.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.causal_lm.device
+    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(24, device=device) * 7 % vocabulary
+    rows = 1 if flatten_rows else 2
+
+    def loss(documents: list[Tensor], chunked: bool) -> float:
+        ids = torch.cat(documents).expand(rows, -1)
+        positions = torch.cat([torch.arange(len(d), device=device) for d in documents]).expand(rows, -1)
+        last = documents[-1]
+        first = ids.shape[1] - len(last)
+        predicting = torch.arange(first, ids.shape[1] - 1, device=device)
+        model.chunked = chunked
+        return float(model(ids.contiguous(), positions.contiguous(), predicting, last[1:], 1 / (len(last) - 1)))
+
+    alone = loss([tokens[10:]], chunked=False)
+    packed = loss([tokens[:10], tokens[10:]], chunked=False)
+    has_plain_head = model.causal_lm.get_output_embeddings().bias is None
+    chunked = has_plain_head and abs(loss([tokens[10:]], chunked=True) - alone) < LEAK_TOLERANCE[model.dtype]
+    model.chunked = chunked
+    model.train(was_training)
+    if packing and abs(packed - alone) > LEAK_TOLERANCE[model.dtype]:
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} lets packed documents see each other (the loss of a document alone is "
+            f"{alone:.4f}, behind another one {packed:.4f}): this architecture needs --packing false"
+        )
+    return chunked
+
+
+def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
+    """Make generation end where the assistant's turn ends, also where that is not the tokenizer's end of sequence."""
+    before = model.generation_config.eos_token_id
+    known = [before] if isinstance(before, int) else list(before or [])
+    wanted = [tokenizer.convert_tokens_to_ids(end_of_turn), tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = list(dict.fromkeys(token for token in wanted + known if token is not None))
+

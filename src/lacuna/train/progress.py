@@ -1,0 +1,59 @@
+"""What a person sees while it trains: one line that moves in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class TrainingProgress:
+    """Lines of metrics above a bar. The bar only exists in a terminal."""
+
+    def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
+        self.console = console
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self.started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}% | {task.fields[line]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, line="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Print a line of metrics, with the time that is left."""
+        step = int(metrics["step"])
+        parts = [f"step {step}/{self.total_steps}", f"loss {metrics['loss']:.4f}", f"lr {metrics['learning_rate']:.2e}"]
+        parts += [f"grad {metrics['gradient_norm']:.2f}", f"{metrics['tokens_per_second']:,.0f} tok/s"]
+        if "mfu" in metrics:
+            parts.append(f"MFU {metrics['mfu']:.1%}")
+        done = max(step - self.start_step, 1)
+        eta = (time.monotonic() - self.started) / done * (self.total_steps - step)
+        parts.append(f"ETA {format_duration(eta)}")
+        line = " | ".join(parts)
+        self._bar.update(self._task, line=" | ".join(parts[1:]))
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def format_duration(seconds: float) -> str:
+    """`12m 30s`, `3h 05m`, `45s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

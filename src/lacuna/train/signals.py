@@ -1,0 +1,39 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: stop at the next safe point, with everything saved."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from lacuna.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While entered, a signal ends the program at once as long as `at_once` is set, and is only noted otherwise.
+
+    A second Ctrl-C never waits.
+    """
+
+    def __init__(self) -> None:
+        self.at_once = True
+        self.signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again = self.signal_number == signal.SIGINT == number
+        self.signal_number = number
+        if self.at_once or again:
+            raise Interrupted(number, "stopped before anything was trained" if self.at_once else "stopped at once")
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,62 @@
+"""W&B and TensorBoard, where the config asks for them."""
+
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import MissingExtraError
+from lacuna.runs.folder import write_json
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def check_tracker(config: TrainingConfig) -> None:
+    """Raises MissingExtraError before anything expensive happens."""
+    module = {"none": "json", "wandb": "wandb", "tensorboard": "tensorboard"}[config.tracker]
+    try:
+        __import__(module)
+    except ImportError:
+        raise MissingExtraError("track", module) from None
+
+
+@contextmanager
+def open_tracker(config: TrainingConfig, folder: Path, start_step: int) -> Iterator[Log]:
+    """A function (step, values) that reports to the tracker; a resumed run goes on in the same W&B run or event log."""
+    if config.tracker == "wandb":
+        yield from _wandb(config, folder)
+    elif config.tracker == "tensorboard":
+        yield from _tensorboard(folder, start_step)
+    else:
+        yield lambda step, values: None
+
+
+def _wandb(config: TrainingConfig, folder: Path) -> Iterator[Log]:
+    import wandb
+
+    remembered = folder / "wandb_run.json"
+    run_id = json.loads(remembered.read_text())["id"] if remembered.exists() else uuid.uuid4().hex[:8]
+    write_json(remembered, {"id": run_id})
+    with wandb.init(
+        project=config.tracker_project or "lacuna",
+        name=folder.name,
+        id=run_id,
+        resume="allow",
+        dir=folder,
+        config=config.model_dump(),
+    ) as run:
+        yield lambda step, values: run.log(dict(values), step=step)
+
+
+def _tensorboard(folder: Path, start_step: int) -> Iterator[Log]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1) as writer:
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield log

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, cast, get_args, get_origin
 
 import click
 from pydantic import TypeAdapter, ValidationError
@@ -33,18 +33,21 @@ def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]]
 
 
 def _shown(value: Any) -> str:
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if value in (None, True, False) else value
+    return (
+        {None: "none", True: "true", False: "false"}.get(value, str(value)) if value in (None, True, False) else value
+    )
 
 
 def _metavar(field: FieldInfo) -> str:
-    text = str(field.annotation)
-    choices = [part for part in TypeAdapter(field.annotation).json_schema().get("enum", [])]
-    if choices:
-        return "[" + "|".join(choices) + "]"
-    for kind, shown in (("Literal['auto']", "[auto|true|false]"), ("bool", "BOOLEAN"), ("int", "INTEGER")):
-        if kind in text:
-            return shown
-    return "NUMBER" if "float" in text else "TEXT"
+    alternatives = get_args(field.annotation) or (field.annotation,)
+    words = [word for part in alternatives for word in (get_args(part) if get_origin(part) is Literal else ())]
+    words += [] if get_origin(field.annotation) is not Literal else list(alternatives)
+    if bool in alternatives:
+        words += ["true", "false"]
+    if words:
+        return f"[{'|'.join(words)}]"
+    kinds = str(field.annotation)
+    return "INTEGER" if "int" in kinds else "NUMBER" if "float" in kinds else "TEXT"
 
 
 def config_files(tokens: Sequence[str]) -> list[str]:
@@ -76,7 +79,7 @@ def flag_layer(model: type[TrainingConfig], flags: dict[str, str | None]) -> Lay
         field = model.model_fields[name]
         try:
             optional = "None" in str(field.annotation)
-            adapter = TypeAdapter(field.annotation)
+            adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, field.annotation))
             values[name] = None if optional and text.lower() == "none" else adapter.validate_strings(text)
         except ValidationError as error:
             message = error.errors()[-1]["msg"]

@@ -51,7 +51,7 @@ class MissingExtraError(LacunaError):
         )
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """A signal asked for the end; `signal_number` gives the exit code."""
 
     def __init__(self, signal_number: int, message: str) -> None:

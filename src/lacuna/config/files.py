@@ -34,7 +34,8 @@ YAML_1_2_SCALARS = [
 class YamlLoader(yaml.CSafeLoader):
     """PyYAML's safe C loader under YAML 1.2 rules: `3e-4` is a number, `on` and `1:30` are text, `010` is ten."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    name: str
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first_lines: dict[str, int] = {}

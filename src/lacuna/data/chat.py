@@ -156,7 +156,7 @@ class Renderer:
         return text, learned
 
     def _marked_spans(self, conversation: Conversation) -> list[tuple[int, int]]:
-        encoding = self.tokenizer.apply_chat_template(
+        encoding: Any = self.tokenizer.apply_chat_template(
             [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages],
             tools=conversation.tools,
             return_dict=True,

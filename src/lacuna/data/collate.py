@@ -51,6 +51,4 @@ def collate(rows: Sequence[PackedRow], padding_token: int, length: int | None, f
         position_ids[index, end:] = np.arange(width - end)
         tokens += end
     predicted = np.flatnonzero(supervised)
-    return MicroBatch(
-        input_ids, position_ids, predicted - 1, input_ids.reshape(-1)[predicted], tokens, attention_pairs
-    )
+    return MicroBatch(input_ids, position_ids, predicted - 1, input_ids.reshape(-1)[predicted], tokens, attention_pairs)

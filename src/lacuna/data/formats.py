@@ -5,7 +5,6 @@ A row keeps its origin (`file:line`) until it is tokens, so that every complaint
 
 import csv
 import glob
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,8 +84,10 @@ def find_files(dataset: str) -> list[Path] | None:
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
             raise DataError(f"{dataset}: no file matches")
-    elif path.suffix in ENDINGS or dataset.startswith(("/", ".", "~")) or not re.fullmatch(
-        r"[\w.\-]+(/[\w.\-]+)?", dataset
+    elif (
+        path.suffix in ENDINGS
+        or dataset.startswith(("/", ".", "~"))
+        or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", dataset)
     ):
         nearby = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise DataError(f"{dataset}: no such file or folder{did_you_mean(str(path), nearby)}")
@@ -179,7 +180,7 @@ def _read_parquet(path: Path) -> Iterator[Row | Broken]:
 
 
 def _read_text(path: Path) -> Iterator[Row | Broken]:
-    yield Row({"text": io.open(path, encoding="utf-8-sig").read()}, str(path))
+    yield Row({"text": path.read_text(encoding="utf-8-sig")}, str(path))
 
 
 def within_limit(rows: Iterable[Any | Broken], share: float, report: Callable[[str], None]) -> Iterator[Any]:
@@ -235,7 +236,9 @@ def detect_schema(rows: Sequence[Row], wanted: str, text_column: str, where: str
             given = "given" if wanted == name else "found"
             unused = [column for column in columns if column not in needed + optional]
             return Schema(name, f"{name} ({given}: column {' and '.join(needed)})", convert, unused)
-    needs = [f"{name}: {' and '.join(needed)}" for name, (needed, _, _) in candidates.items() if wanted in ("auto", name)]
+    needs = [
+        f"{name}: {' and '.join(needed)}" for name, (needed, _, _) in candidates.items() if wanted in ("auto", name)
+    ]
     raise DataError(f"{where}: the columns are {', '.join(columns) or '(none)'}; needed are {'; or '.join(needs)}")
 
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -66,7 +67,7 @@ class PackedRows:
         """SHA-256 of what will be trained on, packing included."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.supervised, self.starts, self.members, self.row_starts):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -193,9 +194,7 @@ def _schema(config: TrainingConfig, rows: list[Row], where: str, report: Report)
     return schema
 
 
-def _fit(
-    samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report
-) -> list[Sample]:
+def _fit(samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report) -> list[Sample]:
     """Texts are cut into pieces of sequence_length; for conversations, too_long decides."""
     limit = config.sequence_length
     if schema.name == "text" or not isinstance(config, SFTConfig):
@@ -258,7 +257,9 @@ def _windows(
         tokens = 0
         while chunk := list(islice(examples, STREAMING_CHUNK)):
             texts = renderer.texts([text for text, _ in chunk])
-            found = [piece for text in texts if isinstance(text, Sample) for piece in pieces(text, config.sequence_length)]
+            found = [
+                piece for text in texts if isinstance(text, Sample) for piece in pieces(text, config.sequence_length)
+            ]
             samples += found
             tokens += sum(len(sample.tokens) for sample in found)
             if tokens >= enough:
@@ -274,9 +275,7 @@ def _windows(
         epoch, source = epoch + 1, None
 
 
-def _stream_examples(
-    config: PretrainConfig, state: Any, report: Report
-) -> Iterator[tuple[Text, Callable[[], Any]]]:
+def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iterator[tuple[Text, Callable[[], Any]]]:
     """Texts, each with a function that gives the source's state after it."""
     files = find_files(config.dataset)
     if files is not None:
@@ -301,7 +300,7 @@ def _file_rows(files: list[Path], state: Any) -> RowsWithState:
     for index in range(first_file, len(files)):
         for number, row in enumerate(read_file(files[index])):
             if index > first_file or number >= skip:
-                yield row, lambda index=index, number=number: [index, number + 1]  # type: ignore[misc]
+                yield row, partial(list, (index, number + 1))
 
 
 def _hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
@@ -318,16 +317,17 @@ def _hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streami
     number = state["number"] if state else 0
     for values in data:
         number += 1
-        yield (
-            Row(values, f"{name} ({split}): row {number}"),
-            lambda number=number: {"hub": data.state_dict(), "number": number},
-        )
+        yield Row(values, f"{name} ({split}): row {number}"), partial(_hub_state, data, number)
+
+
+def _hub_state(data: Any, number: int) -> Any:
+    return {"hub": data.state_dict(), "number": number}
 
 
 def check_data_settings(config: TrainingConfig) -> None:
     """Settings that only hub data sets read are refused for files, before anything is loaded."""
     problems: list[str] = []
-    hub_settings = [(config.dataset, ("dataset_subset", "dataset_split"))]
+    hub_settings: list[tuple[str, tuple[str, ...]]] = [(config.dataset, ("dataset_subset", "dataset_split"))]
     if config.validation_dataset is not None:
         hub_settings.append((config.validation_dataset, ("validation_split",)))
     for dataset, settings in hub_settings:

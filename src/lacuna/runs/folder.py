@@ -1,11 +1,11 @@
 """The run folder: config, provenance, status, metrics, checkpoints, final. Nothing here imports torch.
 
-    config.toml        every setting, the defaults too; can be run again as it stands
-    provenance.json    command, versions, machine, data
-    status.json        state, step, reason
-    metrics.jsonl      a line for each logged step
-    checkpoints/       step-00000500 …, each whole or absent
-    final/             a Hugging Face folder
+config.toml        every setting, the defaults too; can be run again as it stands
+provenance.json    command, versions, machine, data
+status.json        state, step, reason
+metrics.jsonl      a line for each logged step
+checkpoints/       step-00000500 …, each whole or absent
+final/             a Hugging Face folder
 """
 
 import fcntl

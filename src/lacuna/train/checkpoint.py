@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from lacuna.errors import RunError
 from lacuna.runs.folder import write_json
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -55,7 +59,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     stored = model.state_dict().keys()
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     tensors |= {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
-    moments = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -69,8 +73,10 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """Load weights, moments and random state in place. Random state of a device that is not here is left out."""
     tensors = tensors_of(model, optimizer)
     _load(checkpoint, tensors)
-    moments = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    loaded = {name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")}
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    loaded: dict[str, Any] = {
+        name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
+    }
     set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=FLAT)
     torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available():
@@ -87,9 +93,7 @@ def restore_weights(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
 
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -120,10 +124,8 @@ class CheckpointWriter:
             partial.mkdir()
         except OSError as error:
             raise _cannot_write(name, error) from error
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            written = dcp.async_save(tensors, storage_writer=writer, no_dist=True)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        written = async_save(tensors, storage_writer=writer, no_dist=True)
         assert isinstance(written, Future)
         self._pending = self._thread.submit(self._finish, written, partial, self.folder / name, state)
 
@@ -153,7 +155,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
-def _cannot_write(name: str, error: Exception) -> RunError:
+def _cannot_write(name: str, error: BaseException) -> RunError:
     causes = list(error.failures.values()) if isinstance(error, CheckpointException) else [error]
     cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
     return RunError(
@@ -213,7 +215,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     Raises RunError where there are checkpoints but all are damaged.
     """
     candidates: Sequence[Path] = sorted(folder.glob("step-*"), reverse=True)
-    put_aside = []
+    put_aside: list[Path] = []
     for candidate in candidates:
         reason = damage(candidate)
         if reason is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
@@ -29,7 +29,14 @@ from lacuna.train.checkpoint import (
     tensors_of,
 )
 from lacuna.train.metrics import Window, model_flops
-from lacuna.train.model import Execution, LossModel, needs_checkpointing, prepare_blocks, prove_loss, stop_at_end_of_turn
+from lacuna.train.model import (
+    Execution,
+    LossModel,
+    needs_checkpointing,
+    prepare_blocks,
+    prove_loss,
+    stop_at_end_of_turn,
+)
 from lacuna.train.optimizer import learning_rate_at, make_optimizer
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.signals import StopRequest
@@ -69,7 +76,10 @@ def train_steps(
         state = restore(prepared.resume_from, model.causal_lm, optimizer)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {total_steps})")
     source = read_batches(config, prepared, state.position or None, console)
-    due = lambda step, every: step % every == 0 or step == total_steps  # noqa: E731
+
+    def due(step: int, every: int) -> bool:
+        return step % every == 0 or step == total_steps
+
     stop.at_once = False
     with (
         MetricsLog(folder, state.step) as log,
@@ -212,7 +222,8 @@ def write_final(model: LossModel, prepared: Prepared) -> None:
     """A plain Hugging Face folder, in the precision of the computation."""
     final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.causal_lm.to(prepared.execution.dtype).save_pretrained(partial)
+    nn.Module.to(model.causal_lm, prepared.execution.dtype)
+    model.causal_lm.save_pretrained(partial)
     prepared.tokenizer.save_pretrained(partial)
     partial.rename(final)
 
@@ -230,7 +241,7 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
         stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.end_of_turn)
     parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     console.print(
-        f"{type(causal_lm).__name__}: {parameters / 1e6:,.1f} M parameters on {execution.device.name}, "
+        f"{type(causal_lm).__name__}: {parameters:,} parameters on {execution.device.name}, "
         f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, "
         f"{'chunked' if chunked else 'plain'} loss, activation checkpointing {'on' if checkpointing else 'off'}, "
         f"compilation {'on' if execution.compile else 'off'}",

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head without the (tokens × vocabulary) logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk, while the chunk's logits are there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         chunk = max(CHUNK_ELEMENTS.get(hidden.device.type, ACCELERATOR_CHUNK_ELEMENTS) // weight.shape[0], 1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -71,5 +70,5 @@ def chunked_cross_entropy(
     are rounded to dtype, the precision of the matrix products; the weight's gradient adds up in fp32.
     # ref: Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2 (fused linear cross-entropy)
     """
-    loss: Tensor = _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, scale, dtype)
-    return loss
+    apply: Callable[..., Tensor] = _ChunkedLinearCrossEntropy.apply
+    return apply(hidden, weight, targets, scale, dtype)

@@ -108,13 +108,13 @@ def load_model(
     config: TrainingConfig, model_config: Any, tokenizer: PreTrainedTokenizerBase, execution: Execution
 ) -> PreTrainedModel:
     """The model in fp32 on the device, random or pretrained. Raises ModelError where weights or vocabulary lack."""
-    settings = {"dtype": torch.float32, "attn_implementation": execution.attention}
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": execution.attention}
     torch.manual_seed(config.seed)
     if config.initialise == "random":
-        model = AutoModelForCausalLM.from_config(model_config, **settings)
+        model: Any = AutoModelForCausalLM.from_config(model_config, **settings)
     else:
         try:
-            model, information = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_name,
                 revision=config.model_revision or "main",
                 use_safetensors=True,
@@ -123,6 +123,7 @@ def load_model(
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{config.model_name}: its weights cannot be loaded: {_first_line(error)}") from error
+        model, information = loaded
         if information["missing_keys"]:
             raise ModelError(
                 f"{config.model_name}: the weights lack {', '.join(sorted(information['missing_keys'])[:5])}, which "
@@ -133,7 +134,8 @@ def load_model(
         raise ModelError(
             f"{config.model_name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary} embeddings"
         )
-    return model.to(execution.device.type)
+    prepared: PreTrainedModel = model.to(execution.device.type)
+    return prepared
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -167,7 +169,7 @@ def needs_checkpointing(config: TrainingConfig, model: PreTrainedModel, device: 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = config.micro_batch_size * config.sequence_length
     activations = 34 * text_config.hidden_size * text_config.num_hidden_layers * tokens
-    return 16 * parameters + activations > 0.8 * device.memory
+    return bool(16 * parameters + activations > 0.8 * device.memory)
 
 
 class LossModel(nn.Module):
@@ -198,7 +200,7 @@ class LossModel(nn.Module):
             if self.chunked:
                 hidden = self.causal_lm.base_model(**arguments).last_hidden_state
                 picked = hidden.flatten(0, 1).index_select(0, predicting)
-                weight = self.causal_lm.get_output_embeddings().weight
+                weight: Tensor = self.causal_lm.get_output_embeddings().weight
                 return chunked_cross_entropy(picked, weight, targets, scale, self.dtype)
             logits = self.causal_lm(**arguments).logits
         picked = logits.flatten(0, 1).index_select(0, predicting).float()
@@ -215,7 +217,7 @@ def prove_loss(model: LossModel, flatten_rows: bool, packing: bool) -> bool:
     was_training = model.training
     model.eval()
     device = model.causal_lm.device
-    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.causal_lm.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens = torch.arange(24, device=device) * 7 % vocabulary
     rows = 1 if flatten_rows else 2
 
@@ -248,4 +250,3 @@ def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     known = [before] if isinstance(before, int) else list(before or [])
     wanted = [tokenizer.convert_tokens_to_ids(end_of_turn), tokenizer.eos_token_id]
     model.generation_config.eos_token_id = list(dict.fromkeys(token for token in wanted + known if token is not None))
-

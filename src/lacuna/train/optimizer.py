@@ -27,10 +27,13 @@ def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Learning rate of step 1 … total_steps: linear from peak/warmup to the peak, then a cosine to its final share."""
+    """Learning rate of step 1 … total_steps: linear up to the peak at step warmup + 1, then a cosine.
+
+    The cosine reaches its final share one step after the last, so that no step is taken at a rate of 0.
+    """
     warmup = warmup_steps(config, total_steps)
     if step <= warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
+        return config.learning_rate * step / (warmup + 1)
+    progress = (step - 1 - warmup) / (total_steps - warmup)
     floor = config.final_learning_rate_share
     return config.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

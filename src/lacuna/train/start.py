@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import MAY_CHANGE_ON_RESUME, PretrainConfig, TrainingConfig

@@ -33,9 +33,7 @@ def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]]
 
 
 def _shown(value: Any) -> str:
-    return (
-        {None: "none", True: "true", False: "false"}.get(value, str(value)) if value in (None, True, False) else value
-    )
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(field: FieldInfo) -> str:

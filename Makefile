@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint bench
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lacuna needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,bench,dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python examples/quickstart/prepare.py
+	$(BIN)/pretrain @ examples/quickstart/pretrain.toml
+	$(BIN)/sft @ examples/quickstart/sft.toml
+	$(BIN)/python examples/quickstart/evaluate.py
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/loss_memory.py

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -151,7 +152,10 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
     """Print every setting of CONFIG..., and the file and line, flag or default that it came from."""
     first_flag = next((i for i, token in enumerate(arguments) if token.startswith("--")), len(arguments))
     files = [token.lstrip("@") for token in arguments[:first_flag] if token != "@"]
-    named = [layer.values["trainer"] for layer in map(read_layer, files) if layer.values.get("trainer") in TRAINERS]
+    given = [layer.values.get("trainer") for layer in map(read_layer, files)]
+    named = [name for name in given if isinstance(name, str) and name in TRAINERS]
+    if not files:
+        raise ConfigError("explain needs a config file, and files come before flags")
     if trainer is None and not named:
         raise ConfigError(f"{', '.join(files)}: no `trainer` key says what this is for; pass --trainer pretrain or sft")
     command = {"pretrain": pretrain, "sft": sft}[trainer or named[-1]]
@@ -180,7 +184,7 @@ def run(command: click.Command) -> None:
         command()
     except LacunaError as error:
         if debug:
-            raise
+            traceback.print_exc()
         for problem in error.problems:
             click.echo(f"error: {problem}", err=True)
         sys.exit(2)

@@ -18,6 +18,7 @@ from lacuna.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
 
+YAML_1_2_TAGS = [f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")]
 YAML_1_2_SCALARS = [
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -35,12 +36,17 @@ class YamlLoader(yaml.CSafeLoader):
     """PyYAML's safe C loader under YAML 1.2 rules: `3e-4` is a number, `on` and `1:30` are text, `010` is ten."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    yaml_constructors = {  # noqa: RUF012
+        tag: yaml.CSafeLoader.yaml_constructors[tag] for tag in [*YAML_1_2_TAGS, None]
+    }
     name: str
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first_lines: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: a key is a name, not a list or a mapping")
             if key_node.value in first_lines:
                 raise ConfigError(
                     f"{self.name}:{line}: the key {key_node.value!r} is already on line "
@@ -83,7 +89,7 @@ def read_layer(path: str | Path) -> Layer:
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ConfigError(f"{path}: a config file ends in .toml, .yaml or .yml")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         folder = path.parent
         nearby = [str(p) for p in sorted(folder.glob("*")) if p.suffix in (".toml", ".yaml", ".yml")]
@@ -102,36 +108,45 @@ def _parse_toml(path: Path, text: str) -> Layer:
     lines: dict[str, int] = {}
     section = ""
     for number, line_text in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+([^\[\]]+)\]+", line_text):
-            section = header[1].strip() + "."
-            lines.setdefault(section[:-1], number)
+        found = ""
+        if header := re.match(r"\s*\[+([^\[\]]+)\]+\s*(#|$)", line_text):
+            found = header[1].strip()
+            section = found + "."
         elif key := re.match(r"\s*([\w.\-\"']+)\s*=", line_text):
-            lines.setdefault(section + re.sub(r"[\"']", "", key[1]), number)
+            found = section + re.sub(r"[\"']", "", key[1])
+        for end in [*(dot.start() for dot in re.finditer(r"\.", found)), len(found)]:
+            lines.setdefault(found[:end], number)
     return Layer(str(path), values, lines)
 
 
 def _parse_yaml(path: Path, text: str) -> Layer:
-    loader = YamlLoader(text)
-    loader.name = str(path)
     try:
+        loader = YamlLoader(text)
+        loader.name = str(path)
         root = loader.get_single_node()
         values = loader.construct_document(root) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    finally:
-        loader.dispose()
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of names to values, this is a {type(values).__name__}")
     lines: dict[str, int] = {}
-    pending = [("", root)]
-    while pending:
-        prefix, node = pending.pop()
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[prefix + str(key.value)] = key.start_mark.line + 1
-                pending.append((f"{prefix}{key.value}.", value))
-    return Layer(str(path), values, lines)
+    _note_lines(root, "", (), lines, str(path))
+    return Layer(str(path), {str(key): value for key, value in values.items()}, lines)
+
+
+def _note_lines(node: Any, prefix: str, above: tuple[Any, ...], lines: dict[str, int], name: str) -> None:
+    """Write the line of every key into lines. Raises ConfigError for a mapping that holds itself by an alias."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if any(value is parent for parent in (*above, node)):
+            raise ConfigError(f"{name}:{line}: {key.value!r} contains itself")
+        lines[f"{prefix}{key.value}"] = line
+        _note_lines(value, f"{prefix}{key.value}.", (*above, node), lines, name)
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
@@ -167,8 +182,8 @@ def check(model: type[Config], values: Mapping[str, Any], origins: Mapping[str, 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_problem(model, details, origins) for details in error.errors()]
-        raise ConfigError(problems) from None
+        problems = [line for details in error.errors() for line in _problem(model, details, origins).split("\n")]
+        raise ConfigError(list(dict.fromkeys(problems))) from None
 
 
 def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer]) -> str:

@@ -124,25 +124,36 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        for first, second in ALTERNATIVES:
-            if getattr(self, first) is not None and getattr(self, second) is not None:
-                raise ValueError(f"give {first} or {second}, not both")
+        if problems := self._disagreements():
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _disagreements(self) -> list[str]:
+        problems = [
+            f"give {first} or {second}, not both"
+            for first, second in ALTERNATIVES
+            if getattr(self, first) is not None and getattr(self, second) is not None
+        ]
         if self.epochs is None and self.steps is None:
-            raise ValueError("say how long to train: epochs or steps (--epochs or --steps)")
+            problems.append("say how long to train: epochs or steps (--epochs or --steps)")
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            problems.append(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}: "
                 f"try --micro-batch-size {_largest_divisor(self.batch_size, self.micro_batch_size)}"
             )
         if self.validation_dataset is None and self.validation_share is None:
-            unused = {"evaluate_every", "keep_best", "validation_split"} & self.model_fields_set
-            unused -= {"keep_best"} if self.keep_best == 0 else set()
-            if unused or self.final_weights == "best":
-                names = ", ".join(sorted(unused | ({"final_weights"} if self.final_weights == "best" else set())))
-                raise ValueError(f"{names}: there is no validation; give validation_dataset or validation_share")
+            unused = self.changed_from_default("evaluate_every", "final_weights", "keep_best", "validation_split")
+            if unused := [name for name in unused if (name, self.keep_best) != ("keep_best", 0)]:
+                problems.append(
+                    f"{', '.join(unused)}: there is no validation; give validation_dataset or validation_share"
+                )
         if self.tracker_project is not None and self.tracker != "wandb":
-            raise ValueError("tracker_project is W&B's: it needs tracker = 'wandb'")
-        return self
+            problems.append("tracker_project is W&B's: it needs tracker = 'wandb'")
+        return problems
+
+    def changed_from_default(self, *names: str) -> list[str]:
+        """Those of the settings that are not at their defaults: a run's own config.toml names all of them."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
 
 class PretrainConfig(TrainingConfig):
@@ -163,15 +174,15 @@ class PretrainConfig(TrainingConfig):
     streaming_window: PositiveInt = 256
     """Rows that are read, packed and shuffled together when streaming."""
 
-    @model_validator(mode="after")
-    def _streaming_agrees(self) -> Self:
+    def _disagreements(self) -> list[str]:
+        problems = super()._disagreements()
         if self.streaming and self.steps is None:
-            raise ValueError("streaming does not know the length of the data: give steps, not epochs")
+            problems.append("streaming does not know the length of the data: give steps, not epochs")
         if self.streaming and self.validation_share is not None:
-            raise ValueError("streaming cannot set a share aside: give validation_dataset")
-        if not self.streaming and "streaming_window" in self.model_fields_set:
-            raise ValueError("streaming_window needs streaming = true")
-        return self
+            problems.append("streaming cannot set a share aside: give validation_dataset")
+        if not self.streaming and self.changed_from_default("streaming_window"):
+            problems.append("streaming_window needs streaming = true")
+        return problems
 
 
 class SFTConfig(TrainingConfig):

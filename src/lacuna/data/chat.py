@@ -6,20 +6,26 @@ nobody prepared for training. Whatever would train on the wrong tokens is counte
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lacuna.data.formats import Conversation, Example, Message, Text
 from lacuna.errors import DataError, ModelError
 
 SENTINEL = "\u2045lacuna {}\u2046"
+EMPTY_TEXT = "empty text"
+
+Spans = list[tuple[int, int]]
+"""[start, end) characters of a text."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ ADVICE = {
     "assistant's words, and inside its generation marks where it has them",
     "control tokens in the text": "they would steer the model as if the template had written them; remove them",
     "refused by the template": "the chat template does not accept this sequence of messages",
+    "left out by the template": "the chat template does not write this message, so the model would never see it; "
+    "remove it, or pass a template that writes it with --chat-template",
     "assistant's words not found": "the template rewrites what the assistant says; put {% generation %} marks into it "
     "and pass it with --chat-template",
 }
@@ -65,7 +73,7 @@ class Renderer:
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The text that the model sees. prompt: end with what asks the assistant to speak."""
         text = self.tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "weight"} for message in messages],
+            _for_template(messages),
             tools=tools,
             add_generation_prompt=prompt,
             tokenize=False,
@@ -94,11 +102,26 @@ class Renderer:
             )
         return found[0]
 
+    @cached_property
+    def ends_earlier_turns(self) -> bool:
+        """Whether the template writes the same end-of-turn token before a further message."""
+        texts = ["question", SENTINEL.format(0), SENTINEL.format(1)]
+        roles = ["user", "assistant", "user"]
+        probe = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        between = self.render(probe).partition(texts[1])[2].partition(texts[2])[0]
+        found = self._control_pattern.search(between)
+        return found is not None and found[0] == self.end_of_turn
+
+    @cached_property
+    def encodes_in_parts(self) -> bool:
+        """Whether parts of a text can be tokenised apart: not where the tokenizer puts a space before each."""
+        letter = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return self.tokenizer.decode(letter + letter) == "aa"
+
     def conversations(self, batch: Sequence[Conversation]) -> list[Sample | Unusable]:
         """Render and tokenise together; what cannot be trained on comes back as Unusable."""
         rendered = [self._text_and_spans(conversation) for conversation in batch]
-        texts = [item[0] for item in rendered if not isinstance(item, Unusable)]
-        encoded = iter(self._encode(texts))
+        encoded = iter(self._encode([item for item in rendered if not isinstance(item, Unusable)]))
         samples: list[Sample | Unusable] = []
         for conversation, item in zip(batch, rendered, strict=True):
             if isinstance(item, Unusable):
@@ -108,16 +131,31 @@ class Renderer:
             starts, ends = offsets[:, 0], offsets[:, 1]
             supervised = np.zeros(len(tokens), dtype=np.bool_)
             for start, end in item[1]:
-                supervised |= (starts >= start) & (ends <= end) & (ends > starts)
+                supervised |= (starts >= start) & (ends <= end) & (ends > start)
             samples.append(self._checked(tokens, supervised, conversation.origin))
         return samples
 
-    def _encode(self, texts: list[str]) -> Iterable[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        if not texts:
+    def _encode(self, rendered: list[tuple[str, Spans]]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Tokens of each text and their [start, end) characters.
+
+        No token reaches over the start of a span, because the prompt ends there at inference.
+        """
+        if not rendered:
             return
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            yield np.asarray(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        cuts = [[0, *(start for start, _ in spans if start and self.encodes_in_parts)] for _, spans in rendered]
+        parts = [
+            text[start:end]
+            for (text, _), starts in zip(rendered, cuts, strict=True)
+            for start, end in pairwise([*starts, len(text)])
+        ]
+        encoding = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True)
+        ids = (np.asarray(part, dtype=np.int32) for part in encoding["input_ids"])
+        offsets = (np.asarray(part, dtype=np.int64).reshape(-1, 2) for part in encoding["offset_mapping"])
+        for starts in cuts:
+            yield (
+                np.concatenate([next(ids) for _ in starts]),
+                np.concatenate([next(offsets) + start for start in starts]),
+            )
 
     def _checked(self, tokens: NDArray[np.int32], supervised: NDArray[np.bool_], origin: str) -> Sample | Unusable:
         bos = self.tokenizer.bos_token_id
@@ -129,16 +167,16 @@ class Renderer:
             return Unusable("everything is learned", origin)
         return Sample(tokens, supervised)
 
-    def _text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]] | Unusable:
+    def _text_and_spans(self, conversation: Conversation) -> tuple[str, Spans] | Unusable:
         """The rendered text and the character spans [start, end) that the assistant says."""
         messages, origin = conversation.messages, conversation.origin
         turns = [message for message in messages if message["role"] == "assistant"]
         if not any(turn.get("weight", 1) and (turn["content"].strip() or turn.get("tool_calls")) for turn in turns):
             return Unusable("nothing to learn", origin)
-        for message in messages:
-            spoken = message["content"] + (str(message["tool_calls"]) if message.get("tool_calls") else "")
-            if found := self._control_pattern.search(spoken):
-                return Unusable("control tokens in the text", origin, f"{found[0]!r} in a {message['role']} message")
+        sources: list[tuple[str, Any]] = [(f"a {message['role']} message", message) for message in messages]
+        for name, source in [*sources, ("the tools", conversation.tools)]:
+            if found := self._control_pattern.search(str(source)):
+                return Unusable("control tokens in the text", origin, f"{found[0]!r} in {name}")
         try:
             text = self.render(messages, conversation.tools)
             spans = (
@@ -146,29 +184,44 @@ class Renderer:
                 if self.has_generation_marks
                 else self._spans_after_prompts(text, conversation) or self._spans_of_contents(text, conversation)
             )
+            ends = self._turns_end(text, spans or [], messages)
         except jinja2.TemplateError as error:
             return Unusable("refused by the template", origin, str(error))
+        for message in messages:
+            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+                return Unusable("left out by the template", origin, f"a {message['role']} message")
         if spans is None or len(spans) != len(turns):
             return Unusable("assistant's words not found", origin)
-        learned = [span for span, turn in zip(spans, turns, strict=True) if turn.get("weight", 1)]
-        if any(not text[start:end].endswith(self.end_of_turn) for start, end in learned):
+        learned = [(span, ended) for span, ended, turn in zip(spans, ends, turns, strict=True) if turn.get("weight", 1)]
+        if not all(ended for _, ended in learned):
             return Unusable("no end of turn", origin)
-        return text, learned
+        return text, [span for span, _ in learned]
 
-    def _marked_spans(self, conversation: Conversation) -> list[tuple[int, int]]:
-        encoding: Any = self.tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages],
+    def _turns_end(self, text: str, spans: Spans, messages: Sequence[Message]) -> list[bool]:
+        """Whether each span ends with the end-of-turn token, and that token is its own turn's, not a later one's."""
+        is_last = [message is messages[-1] for message in messages if message["role"] == "assistant"]
+        borders = [*(start for start, _ in spans[1:]), len(text)]
+        return [
+            text[start:end].endswith(self.end_of_turn)
+            and end <= border
+            and (last or self.has_generation_marks or self.ends_earlier_turns)
+            for (start, end), border, last in zip(spans, borders, is_last, strict=False)
+        ]
+
+    def _marked_spans(self, conversation: Conversation) -> Spans:
+        """The template's `{% generation %}` blocks, without what they hold after the end-of-turn token."""
+        rendered: Any = render_jinja_template(
+            conversations=[_for_template(conversation.messages)],
             tools=conversation.tools,
-            return_dict=True,
+            chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
+            **cast(dict[str, Any], self.tokenizer.special_tokens_map),
         )
-        mask = np.asarray([0, *encoding["assistant_masks"], 0])
-        offsets = encoding["offset_mapping"]
-        borders = np.flatnonzero(np.diff(mask))
-        return [(offsets[first][0], offsets[last - 1][1]) for first, last in borders.reshape(-1, 2).tolist()]
+        (text,), (marked,) = rendered
+        said = [(start, text[start:end].rstrip(), end) for start, end in marked if end > start]
+        return [(start, start + len(words) if words.endswith(self.end_of_turn) else end) for start, words, end in said]
 
-    def _spans_after_prompts(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+    def _spans_after_prompts(self, text: str, conversation: Conversation) -> Spans | None:
         """Each turn starts where the text so far plus the generation prompt ends; None where the text differs."""
         spans = []
         for index, message in enumerate(conversation.messages):
@@ -183,7 +236,7 @@ class Renderer:
             spans.append((len(before), end + len(self.end_of_turn) if end >= 0 else len(text)))
         return spans
 
-    def _spans_of_contents(self, text: str, conversation: Conversation) -> list[tuple[int, int]] | None:
+    def _spans_of_contents(self, text: str, conversation: Conversation) -> Spans | None:
         """For templates that write earlier turns otherwise: find where each turn's words stand among the others'."""
         contents = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
         turn = iter(range(len(contents)))
@@ -194,7 +247,8 @@ class Renderer:
         pieces = re.split(SENTINEL.format(r"\d+"), self.render(marked, conversation.tools))
         if len(pieces) != len(contents) + 1:
             return None
-        for said in (contents, [content.strip() for content in contents]):
+        for cleaned in (str, str.strip, str.lstrip, str.rstrip):
+            said = [cleaned(content) for content in contents]
             joined, spans = pieces[0], []
             for words, after in zip(said, pieces[1:], strict=True):
                 start = len(joined.rstrip(" "))
@@ -219,7 +273,7 @@ class Renderer:
         samples: list[Sample | Unusable] = []
         for text, ids in zip(batch, encoding["input_ids"], strict=True):
             tokens = np.asarray([*([bos] if starts_with_bos else []), *ids, eos], dtype=np.int32)
-            empty = Unusable("nothing to learn", text.origin, "empty text")
+            empty = Unusable(EMPTY_TEXT, text.origin)
             samples.append(Sample(tokens, np.ones(len(tokens), dtype=np.bool_)) if ids else empty)
         return samples
 
@@ -233,6 +287,10 @@ class Renderer:
                 "take the model's instruct version, or pass a Jinja file with --chat-template"
             )
         return self.conversations([example for example in batch if isinstance(example, Conversation)])
+
+
+def _for_template(messages: Sequence[Message]) -> list[Message]:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:

@@ -17,20 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
-from lacuna.data.chat import Renderer, Sample, Unusable, stop_on_unusable
+from lacuna.data.chat import EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
 from lacuna.data.formats import (
     Broken,
     Row,
-    Schema,
     Text,
-    detect_schema,
     find_files,
     peek,
     read_file,
-    to_examples,
     within_limit,
 )
 from lacuna.data.packing import pack
+from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError, LacunaError, MissingExtraError
 
 PackedRow = list[Sample]
@@ -116,6 +114,8 @@ def batches(
             if len(batch) == batch_size or epoch * len(rows) + used == total_rows:
                 yield Batch(batch, {"epoch": epoch, "row": used})
                 batch = []
+                if epoch * len(rows) + used == total_rows:
+                    return
         epoch, used = epoch + 1, 0
 
 
@@ -171,6 +171,7 @@ def _samples(config: TrainingConfig, dataset: str, split: str, renderer: Rendere
     examples = within_limit(to_examples(rows, schema) if schema else rows, config.unreadable_share, report)
     samples: list[Sample] = []
     unusable: list[Unusable] = []
+    empty: list[Unusable] = []
     total = 0
     while chunk := list(islice(examples, 1000)):
         total += len(chunk)
@@ -178,10 +179,12 @@ def _samples(config: TrainingConfig, dataset: str, split: str, renderer: Rendere
             if isinstance(result, Sample):
                 samples.append(result)
             else:
-                unusable.append(result)
+                (empty if result.kind == EMPTY_TEXT else unusable).append(result)
     stop_on_unusable(unusable, total)
     if not samples:
-        raise DataError(f"{dataset}: there are no rows in it")
+        raise DataError(f"{dataset}: {f'all {total} texts in it are empty' if total else 'there are no rows in it'}")
+    if empty:
+        report(f"{len(empty)} of {total} texts are empty and left out; the first: {empty[0].origin}")
     assert schema is not None
     return _fit(samples, schema, config, dataset, report)
 
@@ -254,7 +257,7 @@ def _windows(
     while True:
         examples = _stream_examples(config, source, report)
         samples: list[Sample] = []
-        tokens = 0
+        tokens = empty = 0
         while chunk := list(islice(examples, STREAMING_CHUNK)):
             texts = renderer.texts([text for text, _ in chunk])
             found = [
@@ -262,6 +265,7 @@ def _windows(
             ]
             samples += found
             tokens += sum(len(sample.tokens) for sample in found)
+            empty += sum(isinstance(text, Unusable) for text in texts)
             if tokens >= enough:
                 packed = pack_samples(samples, config.sequence_length, config.packing)
                 yield packed, {"epoch": epoch, "window": number, "source": source}
@@ -272,6 +276,8 @@ def _windows(
             number += 1
         elif source is None:
             raise DataError(f"{config.dataset}: there is no text in it")
+        if empty:
+            report(f"{empty} texts are empty and left out")
         epoch, source = epoch + 1, None
 
 
@@ -292,7 +298,7 @@ def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iter
             example = row if isinstance(row, Broken) or schema is None else next(to_examples([row], schema))
             yield (example, state_after) if isinstance(example, Text) else cast(Broken, example)
 
-    return within_limit(converted(), config.unreadable_share, report)
+    return within_limit(converted(), config.unreadable_share, report, collected=0)
 
 
 def _file_rows(files: list[Path], state: Any) -> RowsWithState:
@@ -336,7 +342,7 @@ def check_data_settings(config: TrainingConfig) -> None:
         except LacunaError as error:
             problems += error.problems
             continue
-        given = [setting for setting in settings if setting in config.model_fields_set and is_local]
+        given = config.changed_from_default(*settings) if is_local else []
         problems += [f"{setting} is for hub data sets, but {dataset} is a file or folder" for setting in given]
     if problems:
         raise DataError(problems)

@@ -26,21 +26,20 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
             fitting = spaces >> length
+            space = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            copies = min(space // length, count)
+            wanted = count // copies
             if fitting:
-                space = length + (fitting & -fitting).bit_length() - 1
                 group = rows_with_space[space].pop()
-                taken, rest = group[:count], group[count:]
+                taken, rest = group[:wanted], group[wanted:]
                 if len(rest):
                     rows_with_space[space].append(rest)
                 if not rows_with_space[space]:
                     spaces &= ~(1 << space)
-                placed, left = taken, space - length
             else:
-                copies = min(capacity // length, count)
-                new_rows = max(count // copies, 1)
-                taken = np.arange(next_row, next_row + new_rows)
-                next_row += new_rows
-                placed, left = np.repeat(taken, copies), capacity - copies * length
+                taken = np.arange(next_row, next_row + wanted)
+                next_row += wanted
+            placed, left = np.repeat(taken, copies), space - copies * length
             rows[by_length[position : position + len(placed)]] = placed
             position += len(placed)
             count -= len(placed)

@@ -107,13 +107,14 @@ def _parse_toml(path: Path, text: str) -> Layer:
         raise ConfigError(f"{path}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
     lines: dict[str, int] = {}
     section = ""
-    for number, line_text in enumerate(text.splitlines(), 1):
-        found = ""
+    for number, line_text in enumerate(text.split("\n"), 1):
         if header := re.match(r"\s*\[+([^\[\]]+)\]+\s*(#|$)", line_text):
             found = header[1].strip()
             section = found + "."
         elif key := re.match(r"\s*([\w.\-\"']+)\s*=", line_text):
             found = section + re.sub(r"[\"']", "", key[1])
+        else:
+            continue
         for end in [*(dot.start() for dot in re.finditer(r"\.", found)), len(found)]:
             lines.setdefault(found[:end], number)
     return Layer(str(path), values, lines)

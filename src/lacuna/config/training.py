@@ -118,6 +118,8 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _a_given_alternative_replaces_a_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("warmup_share", 0.0) is None and data.get("warmup_steps") is None:
+            return {**data, "warmup_share": 0.0}
         if isinstance(data, dict) and data.get("warmup_steps") is not None and "warmup_share" not in data:
             return {**data, "warmup_share": None}
         return data

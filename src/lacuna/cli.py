@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -11,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lacuna import __version__
-from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer
+from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, without_subject
 from lacuna.config.training import ALTERNATIVES, TRAINERS, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 
@@ -82,7 +81,7 @@ def flag_layer(model: type[TrainingConfig], flags: dict[str, str | None]) -> Lay
             values[name] = None if optional and text.lower() == "none" else adapter.validate_strings(text)
         except ValidationError as error:
             message = error.errors()[-1]["msg"]
-            problems.append(f"{flag_name(name)} {text!r}: {message[0].lower() + message[1:].replace('input ', '')}")
+            problems.append(f"{flag_name(name)} {text!r}: {without_subject(message)}")
     if problems:
         raise ConfigError(problems)
     return Layer(FLAGS, values)
@@ -103,6 +102,7 @@ def resolve(
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
     config, _ = resolve(TRAINERS[name], config_files(files), flags)
+    
     try:
         from lacuna.train.start import train
     except ModuleNotFoundError as error:
@@ -184,7 +184,7 @@ def run(command: click.Command) -> None:
         command()
     except LacunaError as error:
         if debug:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
         for problem in error.problems:
             click.echo(f"error: {problem}", err=True)
         sys.exit(2)

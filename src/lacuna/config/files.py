@@ -201,8 +201,12 @@ def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer])
             return f"{where}{details['ctx']['error']}"
         case _:
             given = details["input"]
-            message = details["msg"][0].lower() + details["msg"][1:]
-            return f"{where}{top!r} is {given!r} ({type(given).__name__}): {message.replace('input ', '')}"
+            return f"{where}{top!r} is {given!r} ({type(given).__name__}): {without_subject(details['msg'])}"
+
+
+def without_subject(message: str) -> str:
+    """Pydantic's `Input should be …` → `should be …`, to follow the setting's name."""
+    return (message[0].lower() + message[1:]).replace("input ", "")
 
 
 def flag_name(setting: str) -> str:

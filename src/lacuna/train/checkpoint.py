@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from lacuna.errors import RunError
-from lacuna.runs.folder import write_json
+from lacuna.runs.folder import write_json, write_whole
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
@@ -135,7 +135,7 @@ class CheckpointWriter:
             write_json(partial / "state.json", asdict(state))
             files = sorted(path for path in partial.iterdir())
             manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-            write_json(partial / "manifest.json", {"files": manifest})
+            write_whole(partial / "manifest.json", manifest_text(manifest))
             partial.rename(final)
             _sync_folder(self.folder)
             for name in superfluous(self.folder, self.keep_last, self.keep_best):
@@ -162,6 +162,12 @@ def _cannot_write(name: str, error: BaseException) -> RunError:
         f"checkpoint {name} could not be written: {cause}; the checkpoints before it are whole: make room on the "
         "disk, then run the same command to go on from the newest"
     )
+
+
+def manifest_text(files: dict[str, Any]) -> str:
+    """The manifest vouches for itself too: its text follows from the files' entries."""
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": digest}, indent=2) + "\n"
 
 
 def _sha256(path: Path) -> str:
@@ -195,8 +201,11 @@ def best_checkpoint(folder: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where all are as the manifest says."""
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        text = (checkpoint / "manifest.json").read_text()
+        files = json.loads(text)["files"]
     except (OSError, ValueError, KeyError):
+        return "manifest.json is missing or damaged"
+    if text != manifest_text(files):
         return "manifest.json is missing or damaged"
     for name, expected in files.items():
         path = checkpoint / name

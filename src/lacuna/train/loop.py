@@ -245,6 +245,5 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
         f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, "
         f"{'chunked' if chunked else 'plain'} loss, activation checkpointing {'on' if checkpointing else 'off'}, "
         f"compilation {'on' if execution.compile else 'off'}",
-        soft_wrap=True,
     )
     return model.train()

@@ -44,15 +44,16 @@ class ModelFlops:
 
 def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | None:
     """None where the formula would be wrong: experts of which a token uses some, or a sliding window in use."""
-    config = model.config.get_text_config().to_dict()
+    text_config = model.config.get_text_config()
+    config = text_config.to_dict()
     has_experts = any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     window = config.get("sliding_window")
     slides = "sliding_attention" in (config.get("layer_types") or []) and window and window < sequence_length
     if has_experts or slides:
         return None
     blocks = transformer_blocks(model)
-    heads = config["num_attention_heads"]
-    head_dimension = config.get("head_dim") or config["hidden_size"] // heads
+    heads = text_config.num_attention_heads
+    head_dimension = config.get("head_dim") or text_config.hidden_size // heads
     return ModelFlops(
         block_parameters=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2),
         head_parameters=model.get_output_embeddings().weight.numel(),

@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,7 +71,7 @@ def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model_name, revision=config.model_revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config.model_name}: no tokenizer could be loaded: {_first_line(error)}") from error
+        raise _cannot_load(config, "no tokenizer could be loaded", error) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{config.model_name}: only fast tokenizers (tokenizer.json) give exact loss masks")
     if isinstance(config, SFTConfig) and config.chat_template is not None:
@@ -81,7 +88,7 @@ def load_model_config(config: TrainingConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(config.model_name, revision=config.model_revision or "main")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config.model_name}: no model could be found: {_first_line(error)}") from error
+        raise _cannot_load(config, "no model could be found", error) from error
     longest = model_config.get_text_config().to_dict().get("max_position_embeddings")
     if longest is not None and config.sequence_length > longest:
         raise ModelError(
@@ -100,8 +107,19 @@ def _check_model_name(config: TrainingConfig) -> None:
         raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
+    """The same words for the tokenizer, the config and the weights where the hub has no such model at all."""
+    name, cause = config.model_name, error.__cause__
+    if isinstance(cause, GatedRepoError):
+        return ModelError(f"model_name {name}: accept its terms on its hub page, then log in with `hf auth login`")
+    if isinstance(cause, RepositoryNotFoundError):
+        return ModelError(f"model_name {name}: no such folder or hub model; a private one needs `hf auth login`")
+    if isinstance(cause, RevisionNotFoundError):
+        return ModelError(f"model_revision {config.model_revision}: no such commit, tag or branch of {name}")
+    if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return ModelError(f"model_name {name}: no such folder, not downloaded before, and the hub is out of reach")
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(f"{name}: {what}: {said[0]}")
 
 
 def load_model(
@@ -122,7 +140,7 @@ def load_model(
                 **settings,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{config.model_name}: its weights cannot be loaded: {_first_line(error)}") from error
+            raise _cannot_load(config, "its weights cannot be loaded", error) from error
         model, information = loaded
         if information["missing_keys"]:
             raise ModelError(

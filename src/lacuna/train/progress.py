@@ -47,7 +47,7 @@ class TrainingProgress:
         parts.append(f"ETA {format_duration(eta)}")
         line = " | ".join(parts)
         self._bar.update(self._task, line=" | ".join(parts[1:]))
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line)
 
 
 def format_duration(seconds: float) -> str:

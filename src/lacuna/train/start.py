@@ -15,7 +15,7 @@ from rich.console import Console
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import MAY_CHANGE_ON_RESUME, PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer
-from lacuna.data.loader import check_data_settings, load_rows
+from lacuna.data.loader import check_data_settings, check_stream, load_rows
 from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import (
@@ -41,7 +41,7 @@ def train(config: TrainingConfig, command: list[str]) -> None:
     command: what the user typed; shown as what resumes the run, and kept in the provenance.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     folder = Path(config.output_dir)
     refuse_foreign_folder(folder)
     with StopRequest() as stop, locked(folder):
@@ -79,6 +79,7 @@ def _train(config: TrainingConfig, command: list[str], console: Console, stop: S
         lambda: resolve_execution(config, device),
         lambda: check_data_settings(config),
         lambda: check_tracker(config),
+        lambda: check_stream(config, console.print),
     )[:3]
     renderer = Renderer(tokenizer)
     rows = validation_rows = None

@@ -58,5 +58,6 @@ def _tensorboard(folder: Path, start_step: int) -> Iterator[Log]:
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
+            writer.flush()
 
         yield log

@@ -1,0 +1,111 @@
+"""What the tests share: a tiny model, data, and the real commands in this process or in one of their own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lacuna import cli
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+COMMANDS = {"lacuna": cli.main, "pretrain": cli.main_pretrain, "sft": cli.main_sft}
+SCRIPTS = Path(sys.executable).parent
+
+
+@dataclass
+class Outcome:
+    code: int
+    output: str
+    """Standard output and error with line breaks as single spaces, so that wrapping does not matter."""
+
+
+Run = Callable[..., Outcome]
+
+
+def flags(**settings: object) -> list[str]:
+    """`batch_size=8` → `--batch-size 8`."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command as its script would, without the cost of a new process."""
+
+    def call(command: str, *arguments: object, **settings: object) -> Outcome:
+        words = [*map(str, arguments), *flags(**settings)]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / command), *words])
+        capfd.readouterr()
+        try:
+            COMMANDS[command]()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, re.sub(r"\s+", " ", captured.out + captured.err))
+
+    return call
+
+
+class Process:
+    """A command in a process of its own, which can be waited for and killed. Its output goes to a file."""
+
+    def __init__(self, *words: str) -> None:
+        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.popen = subprocess.Popen(words, stdout=self._file, stderr=subprocess.STDOUT, text=True)
+
+    def output(self) -> str:
+        self._file.seek(0)
+        return self._file.read()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        """Return as soon as the condition holds; fail if the process ends or the time is over before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.popen.poll() is None, f"the process has ended:\n{self.output()}"
+            assert time.monotonic() < end, f"it did not come to that:\n{self.output()}"
+            time.sleep(0.002)
+
+    def stop(self, number: int = signal.SIGKILL) -> str:
+        """Send a signal, wait for the end, and return all that was printed."""
+        self.popen.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> str:
+        self.popen.wait(timeout=120)
+        return self.output()
+
+
+def spawn(command: str, *arguments: object, **settings: object) -> Process:
+    return Process(str(SCRIPTS / command), *map(str, arguments), *flags(**settings))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fixtures import make_model
+
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fixtures import write_chat
+
+    return write_chat(tmp_path_factory.mktemp("chat") / "chat.jsonl")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fixtures import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("text") / "text.jsonl")

@@ -131,7 +131,7 @@ class Renderer:
             starts, ends = offsets[:, 0], offsets[:, 1]
             supervised = np.zeros(len(tokens), dtype=np.bool_)
             for start, end in item[1]:
-                supervised |= (starts >= start) & (ends <= end) & (ends > start)
+                supervised |= (starts >= start) & (starts < end) & (ends > start)
             samples.append(self._checked(tokens, supervised, conversation.origin))
         return samples
 
@@ -161,8 +161,6 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
             return Unusable("doubled BOS", origin)
-        if not supervised.any():
-            return Unusable("nothing to learn", origin)
         if supervised.all():
             return Unusable("everything is learned", origin)
         return Sample(tokens, supervised)
@@ -173,7 +171,7 @@ class Renderer:
         turns = [message for message in messages if message["role"] == "assistant"]
         if not any(turn.get("weight", 1) and (turn["content"].strip() or turn.get("tool_calls")) for turn in turns):
             return Unusable("nothing to learn", origin)
-        sources: list[tuple[str, Any]] = [(f"a {message['role']} message", message) for message in messages]
+        sources: list[tuple[str, Any]] = [(f"the {message['role']}'s words", message) for message in messages]
         for name, source in [*sources, ("the tools", conversation.tools)]:
             if found := self._control_pattern.search(str(source)):
                 return Unusable("control tokens in the text", origin, f"{found[0]!r} in {name}")
@@ -189,7 +187,7 @@ class Renderer:
             return Unusable("refused by the template", origin, str(error))
         for message in messages:
             if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-                return Unusable("left out by the template", origin, f"a {message['role']} message")
+                return Unusable("left out by the template", origin, f"the {message['role']}'s words")
         if spans is None or len(spans) != len(turns):
             return Unusable("assistant's words not found", origin)
         learned = [(span, ended) for span, ended, turn in zip(spans, ends, turns, strict=True) if turn.get("weight", 1)]

@@ -517,8 +517,8 @@ class TestUnusable:
         assert error.value.problems == [
             "a:1: doubled BOS; 2 of 9 samples: the text begins with the BOS token that the tokenizer adds too; "
             "remove one",
-            "a:2: control tokens in the text ('<s>' in the user's words); 1 of 9 samples: they would steer the model as "
-            "if the template had written them; remove them",
+            "a:2: control tokens in the text ('<s>' in the user's words); 1 of 9 samples: they would steer the model "
+            "as if the template had written them; remove them",
         ]
 
     def test_nothing_unusable_stops_nothing(self) -> None:

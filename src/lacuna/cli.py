@@ -102,7 +102,9 @@ def resolve(
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
     config, _ = resolve(TRAINERS[name], config_files(files), flags)
-    
+    from lacuna.data.hub import stay_offline_if_unreachable
+
+    stay_offline_if_unreachable(config)
     try:
         from lacuna.train.start import train
     except ModuleNotFoundError as error:

@@ -51,8 +51,11 @@ class MissingExtraError(LacunaError):
         )
 
 
-class Interrupted(Exception):  # noqa: N818
-    """A signal asked for the end; `signal_number` gives the exit code."""
+class Interrupted(BaseException):
+    """A signal asked for the end; `signal_number` gives the exit code.
+
+    No Exception: libraries that catch those, and retry or go on, must not catch this.
+    """
 
     def __init__(self, signal_number: int, message: str) -> None:
         self.signal_number = signal_number

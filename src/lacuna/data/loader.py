@@ -27,15 +27,15 @@ from lacuna.data.formats import (
     read_file,
     within_limit,
 )
+from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
 from lacuna.data.packing import pack
 from lacuna.data.schemas import Schema, detect_schema, to_examples
-from lacuna.errors import DataError, LacunaError, MissingExtraError
+from lacuna.errors import DataError, LacunaError
 
 PackedRow = list[Sample]
 Position = dict[str, Any]
 Report = Callable[[str], None]
 STREAMING_CHUNK = 64
-RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _samples(config: TrainingConfig, dataset: str, split: str, renderer: Rendere
     if files is not None:
         rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file))
     else:
-        rows = (row for row, _ in _hub_rows(config, dataset, split, None, streaming=False))
+        rows = (row for row, _ in hub_rows(config, dataset, split, None, streaming=False))
     first, rows = peek(rows)
     schema = _schema(config, first, dataset, report) if first else None
     examples = within_limit(to_examples(rows, schema) if schema else rows, config.unreadable_share, report)
@@ -251,7 +251,8 @@ def _windows(
     config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None
 ) -> Iterator[tuple[PackedRows, Position]]:
     """Packed windows and the position at which each began; a window ends with a chunk of documents or an epoch."""
-    start = position or {"epoch": 0, "window": 0, "source": None}
+    beginning = _beginning(config, position)
+    start = position or {"epoch": 0, "window": 0, "source": beginning}
     epoch, number, source = start["epoch"], start["window"], start["source"]
     enough = config.streaming_window * config.sequence_length
     while True:
@@ -274,11 +275,26 @@ def _windows(
             packed = pack_samples(samples, config.sequence_length, config.packing)
             yield packed, {"epoch": epoch, "window": number, "source": source}
             number += 1
-        elif source is None:
+        elif source == beginning:
             raise DataError(f"{config.dataset}: there is no text in it")
         if empty:
             report(f"{empty} texts are empty and left out")
-        epoch, source = epoch + 1, None
+        epoch, source = epoch + 1, beginning
+
+
+def _beginning(config: PretrainConfig, position: Position | None) -> Any:
+    """The source's state before its first row: None for files, for a hub data set the commit that the run reads."""
+    if find_files(config.dataset) is not None:
+        return None
+    return hub_beginning(config, config.dataset, position["source"] if position else None)
+
+
+def check_stream(config: TrainingConfig, report: Report) -> None:
+    """Read the first text of a stream, so that a source that cannot be read is known before a model is loaded."""
+    if not isinstance(config, PretrainConfig) or not config.streaming:
+        return
+    if next(_stream_examples(config, None, report), None) is None:
+        raise DataError(f"{config.dataset}: there is no text in it")
 
 
 def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iterator[tuple[Text, Callable[[], Any]]]:
@@ -287,7 +303,7 @@ def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iter
     if files is not None:
         rows = _file_rows(files, state)
     else:
-        rows = _hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
+        rows = hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
     schema: Schema | None = None
 
     def converted() -> Iterator[tuple[Text, Callable[[], Any]] | Broken]:
@@ -307,27 +323,6 @@ def _file_rows(files: list[Path], state: Any) -> RowsWithState:
         for number, row in enumerate(read_file(files[index])):
             if index > first_file or number >= skip:
                 yield row, partial(list, (index, number + 1))
-
-
-def _hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("train", "datasets") from None
-    try:
-        data = datasets.load_dataset(name, config.dataset_subset, split=split, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"{name}: no such file or folder, and not a hub data set either: {error}") from error
-    if state is not None:
-        data.load_state_dict(state["hub"])
-    number = state["number"] if state else 0
-    for values in data:
-        number += 1
-        yield Row(values, f"{name} ({split}): row {number}"), partial(_hub_state, data, number)
-
-
-def _hub_state(data: Any, number: int) -> Any:
-    return {"hub": data.state_dict(), "number": number}
 
 
 def check_data_settings(config: TrainingConfig) -> None:

@@ -1,0 +1,120 @@
+"""Data sets by their names on the Hugging Face hub, and what to do where the hub does not answer."""
+
+import http.client
+import os
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lacuna.config.files import did_you_mean
+from lacuna.config.training import TrainingConfig
+from lacuna.data.formats import Broken, Row, find_files
+from lacuna.errors import DataError, MissingExtraError
+
+RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
+PROBE_SECONDS = 5
+
+
+def stay_offline_if_unreachable(config: TrainingConfig) -> None:
+    """Where the hub does not answer, let the client libraries use only what they downloaded before, and say so.
+
+    Left alone they retry for minutes. They read HF_HUB_OFFLINE when they are imported: call this first.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or not _names_on_the_hub(config):
+        return
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except (urllib.error.HTTPError, http.client.HTTPException):
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            click.echo(f"warning: the hub {endpoint} cannot be reached ({reason}): using what is downloaded", err=True)
+
+
+def _names_on_the_hub(config: TrainingConfig) -> list[str]:
+    is_name = re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", config.model_name)
+    names = [config.model_name] if is_name and not Path(config.model_name).is_dir() else []
+    for dataset in filter(None, (config.dataset, config.validation_dataset)):
+        try:
+            names += [dataset] if find_files(dataset) is None else []
+        except DataError:
+            continue
+    return names
+
+
+def hub_beginning(config: TrainingConfig, name: str, state: Any) -> Any:
+    """The state before the first row, in the commit of another state, or in the newest one."""
+    if state is not None:
+        return {**state, "number": 0, "hub": None}
+    builder = _builder(config, name, None)
+    return {"number": 0, "hub": None, "commit": builder.hash, "format": builder.name}
+
+
+def hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
+    """Rows of a hub data set, each with a function that gives the state after it.
+
+    state: go on after it, in the same commit of the data set. Raises DataError.
+    """
+    builder = _builder(config, name, state["commit"] if state else None)
+    _check_split(builder, name, split)
+    if state is not None and (builder.hash, builder.name) != (state["commit"], state["format"]):
+        raise DataError(
+            f"{name}: the run read commit {state['commit']} as {state['format']}, but only {builder.hash} as "
+            f"{builder.name} is there; go on where the hub can be reached"
+        )
+    number = state["number"] if state else 0
+    try:
+        if streaming:
+            data = builder.as_streaming_dataset(split)
+        else:
+            builder.download_and_prepare()
+            data = builder.as_dataset(split)
+        if state is not None and state["hub"] is not None:
+            data.load_state_dict(state["hub"])
+        for values in data:
+            number += 1
+            yield Row(values, f"{name} ({split}): row {number}"), partial(_state, builder, data, number)
+    except Exception as error:
+        raise DataError(f"{name} ({split}): reading broke off after row {number}: {_said(error)}") from error
+
+
+def _state(builder: Any, data: Any, number: int) -> Any:
+    return {"hub": data.state_dict(), "number": number, "commit": builder.hash, "format": builder.name}
+
+
+def _builder(config: TrainingConfig, name: str, commit: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("train", "datasets") from None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        return datasets.load_dataset_builder(name, config.dataset_subset, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(f"{name}: no such file or folder, and not on the hub either: {_said(error)}") from error
+    except Exception as error:
+        raise DataError(f"{name}: cannot be loaded from the hub: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_split(builder: Any, name: str, split: str) -> None:
+    """Before anything is downloaded. A split may be a sum of splits and of slices of them."""
+    known = [str(known) for known in builder.config.data_files or builder.info.splits or ()]
+    for part in split.split("+"):
+        wanted = part.partition("[")[0].strip()
+        if known and wanted not in (*known, "all"):
+            raise DataError(f"{name}: no split {wanted!r}; there are: {', '.join(known)}{did_you_mean(wanted, known)}")

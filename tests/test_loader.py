@@ -22,13 +22,12 @@ from lacuna.data.loader import (
     Position,
     batches,
     check_data_settings,
-    check_stream,
     load_rows,
     pack_samples,
     pieces,
     row_order,
-    stream,
 )
+from lacuna.data.stream import check_stream, stream
 from lacuna.errors import DataError
 
 NAMES = {"model_name": "m", "output_dir": "o"}

@@ -1,33 +1,28 @@
 """From a config's data settings to batches, with a position that restarts the same sequence exactly.
 
-In memory, the order is a pure function of (seed, epoch): the position is two integers. Streaming reads a window of
-rows, packs and shuffles it; its position names where the window began and how many of its rows are used up.
+The order is a pure function of (seed, epoch): the position is two integers. stream.py is for data too large for memory.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
+from lacuna.config.training import SFTConfig, TrainingConfig
 from lacuna.data.chat import EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
 from lacuna.data.formats import (
     Broken,
     Row,
-    Text,
     find_files,
     peek,
     read_file,
     within_limit,
 )
-from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
+from lacuna.data.hub import hub_rows
 from lacuna.data.packing import pack
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError, LacunaError
@@ -35,7 +30,6 @@ from lacuna.errors import DataError, LacunaError
 PackedRow = list[Sample]
 Position = dict[str, Any]
 Report = Callable[[str], None]
-STREAMING_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -226,103 +220,6 @@ def pieces(sample: Sample, limit: int) -> list[Sample]:
     starts = range(0, len(sample.tokens), limit)
     cut = [Sample(sample.tokens[start : start + limit], sample.supervised[start : start + limit]) for start in starts]
     return [piece for piece in cut if len(piece.tokens) > 1]
-
-
-def stream(config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None) -> Iterator[Batch]:
-    """Batches without end from data too large for memory; the next window is read while this one is trained on."""
-    batch: list[PackedRow] = []
-    with ThreadPoolExecutor(1) as reader:
-        used = position["row"] if position else 0
-        windows = _windows(config, renderer, report, position)
-        following = reader.submit(next, windows)
-        while True:
-            rows, window = following.result()
-            following = reader.submit(next, windows)
-            for index in row_order(config.seed, window["window"], len(rows))[used:].tolist():
-                batch.append(rows.row(index))
-                used += 1
-                if len(batch) == config.batch_size:
-                    yield Batch(batch, {**window, "row": used})
-                    batch = []
-            used = 0
-
-
-def _windows(
-    config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None
-) -> Iterator[tuple[PackedRows, Position]]:
-    """Packed windows and the position at which each began; a window ends with a chunk of documents or an epoch."""
-    beginning = _beginning(config, position)
-    start = position or {"epoch": 0, "window": 0, "source": beginning}
-    epoch, number, source = start["epoch"], start["window"], start["source"]
-    enough = config.streaming_window * config.sequence_length
-    while True:
-        examples = _stream_examples(config, source, report)
-        samples: list[Sample] = []
-        tokens = empty = 0
-        while chunk := list(islice(examples, STREAMING_CHUNK)):
-            texts = renderer.texts([text for text, _ in chunk])
-            found = [
-                piece for text in texts if isinstance(text, Sample) for piece in pieces(text, config.sequence_length)
-            ]
-            samples += found
-            tokens += sum(len(sample.tokens) for sample in found)
-            empty += sum(isinstance(text, Unusable) for text in texts)
-            if tokens >= enough:
-                packed = pack_samples(samples, config.sequence_length, config.packing)
-                yield packed, {"epoch": epoch, "window": number, "source": source}
-                number, source, samples, tokens = number + 1, chunk[-1][1](), [], 0
-        if samples:
-            packed = pack_samples(samples, config.sequence_length, config.packing)
-            yield packed, {"epoch": epoch, "window": number, "source": source}
-            number += 1
-        elif source == beginning:
-            raise DataError(f"{config.dataset}: there is no text in it")
-        if empty:
-            report(f"{empty} texts are empty and left out")
-        epoch, source = epoch + 1, beginning
-
-
-def _beginning(config: PretrainConfig, position: Position | None) -> Any:
-    """The source's state before its first row: None for files, for a hub data set the commit that the run reads."""
-    if find_files(config.dataset) is not None:
-        return None
-    return hub_beginning(config, config.dataset, position["source"] if position else None)
-
-
-def check_stream(config: TrainingConfig, report: Report) -> None:
-    """Read the first text of a stream, so that a source that cannot be read is known before a model is loaded."""
-    if not isinstance(config, PretrainConfig) or not config.streaming:
-        return
-    if next(_stream_examples(config, None, report), None) is None:
-        raise DataError(f"{config.dataset}: there is no text in it")
-
-
-def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iterator[tuple[Text, Callable[[], Any]]]:
-    """Texts, each with a function that gives the source's state after it."""
-    files = find_files(config.dataset)
-    if files is not None:
-        rows = _file_rows(files, state)
-    else:
-        rows = hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
-    schema: Schema | None = None
-
-    def converted() -> Iterator[tuple[Text, Callable[[], Any]] | Broken]:
-        nonlocal schema
-        for row, state_after in rows:
-            if isinstance(row, Row) and schema is None:
-                schema = detect_schema([row], "text", config.text_column, config.dataset)
-            example = row if isinstance(row, Broken) or schema is None else next(to_examples([row], schema))
-            yield (example, state_after) if isinstance(example, Text) else cast(Broken, example)
-
-    return within_limit(converted(), config.unreadable_share, report, collected=0)
-
-
-def _file_rows(files: list[Path], state: Any) -> RowsWithState:
-    first_file, skip = state or (0, 0)
-    for index in range(first_file, len(files)):
-        for number, row in enumerate(read_file(files[index])):
-            if index > first_file or number >= skip:
-                yield row, partial(list, (index, number + 1))
 
 
 def check_data_settings(config: TrainingConfig) -> None:

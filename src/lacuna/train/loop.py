@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.collate import MicroBatch, collate
-from lacuna.data.loader import Batch, PackedRow, PackedRows, batches, stream
+from lacuna.data.loader import Batch, PackedRow, PackedRows, batches
+from lacuna.data.stream import stream
 from lacuna.errors import Interrupted, NonFiniteLossError
 from lacuna.runs.folder import write_status
 from lacuna.runs.metrics import MetricsLog
@@ -106,7 +107,11 @@ def train_steps(
                 break
 
             started = time.perf_counter()
-            batch = next(source)
+            try:
+                with stop.ends_the_wait():
+                    batch = next(source)
+            except Interrupted:
+                continue
             micro_batches = collate_batch(config, prepared, batch.rows)
             window.data_seconds += time.perf_counter() - started
             step, position, validation_loss = step + 1, batch.position, None

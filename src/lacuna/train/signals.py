@@ -1,6 +1,8 @@
 """Ctrl-C, SIGTERM and SIGUSR1: stop at the next safe point, with everything saved."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,6 +30,17 @@ class StopRequest:
         self.signal_number = number
         if self.at_once or again:
             raise Interrupted(number, "stopped before anything was trained" if self.at_once else "stopped at once")
+
+    @contextmanager
+    def ends_the_wait(self) -> Iterator[None]:
+        """Within it a signal raises Interrupted at once: for what may hang and has nothing to save."""
+        self.at_once = True
+        try:
+            if self.signal_number is not None:
+                raise Interrupted(self.signal_number, "stopped at once")
+            yield
+        finally:
+            self.at_once = False
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:

@@ -15,7 +15,8 @@ from rich.console import Console
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import MAY_CHANGE_ON_RESUME, PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer
-from lacuna.data.loader import check_data_settings, check_stream, load_rows
+from lacuna.data.loader import check_data_settings, load_rows
+from lacuna.data.stream import check_stream
 from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import (

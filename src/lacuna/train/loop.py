@@ -73,6 +73,7 @@ def train_steps(
     peak_flops = execution.device.peak_bf16_flops if execution.dtype == torch.bfloat16 else None
     writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
+    torch.manual_seed(config.seed)
     if prepared.resume_from is not None:
         state = restore(prepared.resume_from, model.causal_lm, optimizer)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {total_steps})")

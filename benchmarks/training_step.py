@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import datasets
 import torch
-from fixtures import WORDS, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -38,6 +38,7 @@ from transformers import (
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
+from fixtures import WORDS, make_tokenizer
 from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
@@ -64,7 +65,7 @@ class StepTimes(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def median(self) -> float:
-        return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:], strict=False))
+        return statistics.median(b - a for a, b in pairwise(self.ends))
 
 
 def conversation(generator: random.Random, renderer: Renderer, tokens: int) -> list[dict[str, str]]:
@@ -106,7 +107,7 @@ def ours(folder: Path, rows: int, packed: bool, precision: str, steps: int) -> M
             )  # fmt: skip
             train(config, ["benchmark"])
             lines = [line for line in read_metrics(Path(run)) if "loss" in line]
-        per_step = [b["tokens"] - a["tokens"] for a, b in zip(lines, lines[1:], strict=False)]
+        per_step = [b["tokens"] - a["tokens"] for a, b in pairwise(lines)]
         seconds = [tokens / line["tokens_per_second"] for tokens, line in zip(per_step, lines[1:], strict=True)]
         return statistics.median(seconds), lines[0]["loss"]
 

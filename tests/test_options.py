@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import Run
 from fixtures import CHATML, make_model, write_chat, write_texts
-
 from lacuna.config.training import PretrainConfig, SFTConfig
 
 TIMES = {"tokens_per_second", "data_wait"}
@@ -53,7 +53,7 @@ SFT: dict[str, Settings] = {
     "evaluate_every": {"evaluate_every": 1},
     "save_every": {"save_every": 1},
     "keep_best": {"keep_best": 0},
-    "keep_last": {"keep_last": 2},
+    "keep_last": {"keep_last": 2, "keep_best": 0},
     "final_weights": {"final_weights": "best"},
     "resume": {"resume": "nowhere"},
     "tracker": {"tracker": "tensorboard"},
@@ -73,6 +73,7 @@ COMPARED_WITH: dict[str, Settings] = {
     "tracker_project": {"tracker": "wandb"},
     "streaming_window": {"streaming": "true", "dataset": "many.jsonl"},
     "final_learning_rate_share": {"warmup_share": 0},
+    "keep_last": {"keep_best": 0},
 }
 """Where an option needs another one, the run beside which it must make a difference."""
 

@@ -290,6 +290,27 @@ def test_an_assistant_may_speak_first_and_twice(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("trimmed", ["m.content", "m.content.strip()", "m.content.lstrip()", "m.content.rstrip()"])
+def test_words_that_the_template_trims_are_found_also_by_themselves(trimmed: str) -> None:
+    """Where the assistant speaks first there is no prompt to start from."""
+    subject = renderer(LLAMA3.replace("m.content | trim", trimmed))
+    messages = [{"role": "assistant", "content": " \n hello \n "}, *dialogue("q", " \n a \n ")]
+    said = {"m.content": str, "m.content.strip()": str.strip, "m.content.lstrip()": str.lstrip}.get(trimmed, str.rstrip)
+    assert learned(subject, sample(subject, messages)) == [
+        said(" \n hello \n ") + "<|eot_id|>",
+        said(" \n a \n ") + "<|eot_id|>",
+    ]
+
+
+def test_the_template_does_not_see_weights() -> None:
+    subject = renderer(
+        "{%- for m in messages %}{{ raise_exception('weight!') if m.weight is defined }}{%- endfor %}" + CHATML
+    )
+    messages = dialogue("q", "a", "q2", "a2")
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    assert learned(subject, sample(subject, messages)) == ["a2<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["chatml", "chatml marked", "llama3", "deepseek"])
 def test_a_conversation_may_end_with_the_user(name: str) -> None:
     subject, family = family_renderer(name), FAMILIES[name]
@@ -334,6 +355,22 @@ def test_calls_are_learned_and_their_results_are_not() -> None:
         "a<|im_end|>",
     ]
     assert decoded(subject, found.tokens).startswith('<|im_start|>system\n[{"name": "f"}]<|im_end|>\n')
+
+
+def test_a_call_that_ends_with_another_token_does_not_teach_its_result() -> None:
+    """Llama 3.1's built-in tools end with <|eom_id|>."""
+    other_end = TOOLS.replace(
+        "{{ '<|im_end|>\n' }}{%- endfor %}", "{{ ('<|end|>' if m.tool_calls else '<|im_end|>') + '\n' }}{%- endfor %}"
+    )
+    assert other_end != TOOLS
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "result"},
+        {"role": "assistant", "content": "a"},
+    ]
+    assert unusable(renderer(other_end), messages) == ("no end of turn", "")
+    assert unusable(renderer(other_end), messages[:3]) == ("no end of turn", "")
 
 
 class TestTokenizersWithHabits:

@@ -144,6 +144,13 @@ def test_training_without_its_extra_names_the_install_command(core_only: Path, f
     )
 
 
+def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:
+    code = "import sys, pathlib\nfrom lacuna.data.formats import read_file\nlist(read_file(pathlib.Path('a.parquet')))"
+    environment = {**os.environ, "PYTHONPATH": str(core_only)}
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    assert "MissingExtraError: this command needs 'pyarrow', which is not installed: pip install" in result.stderr
+
+
 def explained(*words: str | Path, cwd: Path) -> dict[str, tuple[str, str]]:
     """setting → (value, origin)"""
     result = run("lacuna", "explain", *words, cwd=cwd)

@@ -182,7 +182,7 @@ def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_in_a_missing_folder_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such config file$"):
+    with pytest.raises(ConfigError, match=r"no such config file$"):
         read_layer(tmp_path / "nowhere" / "a.toml")
 
 

@@ -19,16 +19,16 @@ def rows_of(lengths: list[int], capacity: int) -> list[list[int]]:
     ]
 
 
-def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """The number of rows when each document, longest first, goes where the least space is left."""
-    spaces: list[int] = []
+def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The rows when each document, longest first, goes where the least space is left."""
+    rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
-        fitting = [index for index, space in enumerate(spaces) if space >= length]
+        fitting = [row for row in rows if sum(row) + length <= capacity]
         if fitting:
-            spaces[min(fitting, key=lambda index: spaces[index])] -= length
+            max(fitting, key=sum).append(length)
         else:
-            spaces.append(capacity - length)
-    return len(spaces)
+            rows.append([length])
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
         ([4, 4, 4], [[4, 4], [4]]),
         ([7, 3, 3, 3], [[7, 3], [3, 3]]),
         ([6, 2, 2, 10], [[10], [6, 2, 2]]),
+        ([6, 5, 4, 3, 2], [[6, 4], [5, 3, 2]]),
     ],
 )
 def test_each_document_goes_where_it_fills_best(lengths: list[int], rows: list[list[int]]) -> None:
@@ -63,9 +64,10 @@ def test_every_document_is_in_one_row_and_no_row_overflows(case: tuple[list[int]
 
 
 @given(LENGTHS_AND_CAPACITY)
-def test_there_are_as_many_rows_as_naive_best_fit_decreasing_makes(case: tuple[list[int], int]) -> None:
+def test_the_rows_are_as_full_as_naive_best_fit_decreasing_makes_them(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
-    assert len(rows_of(lengths, capacity)) == naive_best_fit_decreasing(lengths, capacity)
+    naive = naive_best_fit_decreasing(lengths, capacity)
+    assert sorted(map(sum, rows_of(lengths, capacity))) == sorted(map(sum, naive))
 
 
 @pytest.mark.parametrize("lengths", [[0], [3, -1], [11], [5, 11]])

@@ -182,7 +182,10 @@ class Renderer:
                 if self.has_generation_marks
                 else self._spans_after_prompts(text, conversation) or self._spans_of_contents(text, conversation)
             )
-            ends = self._turns_end(text, spans or [], messages)
+            ends = [
+                self._ends(text[start:end], turn is messages[-1])
+                for (start, end), turn in zip(spans or [], turns, strict=False)
+            ]
         except jinja2.TemplateError as error:
             return Unusable("refused by the template", origin, str(error))
         for message in messages:
@@ -195,16 +198,9 @@ class Renderer:
             return Unusable("no end of turn", origin)
         return text, [span for span, _ in learned]
 
-    def _turns_end(self, text: str, spans: Spans, messages: Sequence[Message]) -> list[bool]:
-        """Whether each span ends with the end-of-turn token, and that token is its own turn's, not a later one's."""
-        is_last = [message is messages[-1] for message in messages if message["role"] == "assistant"]
-        borders = [*(start for start, _ in spans[1:]), len(text)]
-        return [
-            text[start:end].endswith(self.end_of_turn)
-            and end <= border
-            and (last or self.has_generation_marks or self.ends_earlier_turns)
-            for (start, end), border, last in zip(spans, borders, is_last, strict=False)
-        ]
+    def _ends(self, words: str, is_last: bool) -> bool:
+        """Whether a turn ends with the end-of-turn token, and so for all that is known not with a later turn's."""
+        return words.endswith(self.end_of_turn) and (is_last or self.has_generation_marks or self.ends_earlier_turns)
 
     def _marked_spans(self, conversation: Conversation) -> Spans:
         """The template's `{% generation %}` blocks, without what they hold after the end-of-turn token."""
@@ -228,10 +224,11 @@ class Renderer:
             if index == 0:
                 return None
             before = self.render(conversation.messages[:index], conversation.tools, prompt=True)
-            end = text.find(self.end_of_turn, len(before))
             if not text.startswith(before):
                 return None
-            spans.append((len(before), end + len(self.end_of_turn) if end >= 0 else len(text)))
+            longest = len(self.render(conversation.messages[: index + 1], conversation.tools))
+            end = text.find(self.end_of_turn, len(before), longest)
+            spans.append((len(before), end + len(self.end_of_turn) if end >= 0 else len(before)))
         return spans
 
     def _spans_of_contents(self, text: str, conversation: Conversation) -> Spans | None:

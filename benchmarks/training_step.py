@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +117,7 @@ def ours(folder: Path, rows: int, packed: bool, precision: str, steps: int) -> M
 
 def trl(folder: Path, rows: int, packed: bool, precision: str, steps: int, work: Any) -> Measure:
     def measure() -> tuple[float, float]:
-        with tempfile.TemporaryDirectory() as run:
+        with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
             settings = TRLConfig(
                 output_dir=run, max_steps=steps, per_device_train_batch_size=rows, max_length=LENGTH, packing=packed,
                 assistant_only_loss=True, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
@@ -138,7 +139,7 @@ def trl(folder: Path, rows: int, packed: bool, precision: str, steps: int, work:
 
 def hugging_face(folder: Path, rows: int, packed: bool, precision: str, steps: int, work: list[Sample]) -> Measure:
     def measure() -> tuple[float, float]:
-        with tempfile.TemporaryDirectory() as run:
+        with tempfile.TemporaryDirectory() as run, contextlib.redirect_stdout(io.StringIO()):
             settings = TrainingArguments(
                 output_dir=run, max_steps=steps, per_device_train_batch_size=len(work), logging_steps=1,
                 save_strategy="no", report_to="none", bf16=precision == "bf16", use_cpu=True, disable_tqdm=True,
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(

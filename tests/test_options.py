@@ -12,7 +12,7 @@ from conftest import Run
 from fixtures import CHATML, make_model, write_chat, write_texts
 from lacuna.config.training import PretrainConfig, SFTConfig
 
-TIMES = {"tokens_per_second", "data_wait"}
+TIMES = {"tokens_per_second", "data_wait", "peak_memory_gib"}
 RECORDS = {"config.toml", "provenance.json", "status.json", ".lock", "metrics.jsonl"}
 Settings = dict[str, Any]
 

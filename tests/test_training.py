@@ -21,7 +21,7 @@ from fixtures import make_model, write_texts
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.checkpoint import damage
 
-TIMES = {"tokens_per_second", "data_wait"}
+TIMES = {"tokens_per_second", "data_wait", "peak_memory_gib"}
 Settings = dict[str, Any]
 
 

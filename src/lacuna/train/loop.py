@@ -1,7 +1,9 @@
 """The training loop of pretraining and SFT, from a config to a finished run folder."""
 
 import math
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -218,10 +220,11 @@ def non_finite(
 
 
 def peak_memory(execution: Execution) -> dict[str, float]:
-    """Most memory that tensors took so far, in GiB, on CUDA."""
-    if execution.device.type != "cuda":
-        return {}
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    """The most memory so far in GiB: of tensors on CUDA, of the whole process elsewhere."""
+    if execution.device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def write_final(model: LossModel, prepared: Prepared) -> None:

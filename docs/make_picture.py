@@ -1,0 +1,90 @@
+"""Draw docs/picture.svg from the runs of `make quickstart`: what was learned, and how the rows were packed."""
+
+from itertools import pairwise
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lacuna.config.files import check, merge_layers, read_layer
+from lacuna.config.training import ALTERNATIVES, SFTConfig
+from lacuna.data.chat import Renderer
+from lacuna.data.loader import PackedRow, load_rows, row_order
+from lacuna.runs.metrics import read_metrics
+
+WIDTH, HEIGHT = 960, 330
+INK, FAINT, FIRST, SECOND, LEARNED = "#24292f", "#8c959f", "#d0d7de", "#b6c2cf", "#2f6feb"
+
+
+def text(x: float, y: float, words: str, size: int = 13, colour: str = INK, weight: str = "normal") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" font-weight="{weight}">{words}</text>'
+
+
+def curve(folder: Path, x: float, title: str) -> list[str]:
+    """Training loss as a line, validation losses as dots, in a box of 230 × 190."""
+    lines = read_metrics(folder)
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    last = trained[-1][0]
+    top = max(loss for _, loss in trained + held_out)
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        return x + 230 * step / last, 270 - 190 * loss / top
+
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*point) for point in trained))
+    dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{INK}"/>' for a, b in (at(*point) for point in held_out)]
+    first, end = held_out[0][1], held_out[-1][1]
+    return [
+        text(x, 44, title, 15, weight="bold"),
+        f'<polyline points="{x},80 {x},270 {x + 230},270" fill="none" stroke="{FAINT}"/>',
+        f'<polyline points="{points}" fill="none" stroke="{LEARNED}" stroke-width="2"/>',
+        *dots,
+        text(x + 80, 100, f"validation loss {first:.2f} → {end:.2f}"),
+        text(x, 290, "step 0", 12, FAINT),
+        text(x + 195, 290, f"{last}", 12, FAINT),
+    ]
+
+
+def packed_row(row: PackedRow, length: int, x: float, y: float, width: float) -> list[str]:
+    """Documents as boxes of two greys, what the assistant says in blue."""
+    scale = width / length
+    shapes, start = [], 0
+    for index, sample in enumerate(row):
+        size = len(sample.tokens)
+        colour = (FIRST, SECOND)[index % 2]
+        shapes.append(
+            f'<rect x="{x + start * scale:.1f}" y="{y}" width="{size * scale:.1f}" height="20" fill="{colour}"/>'
+        )
+        edges = [0, *(i for i in range(1, size) if sample.supervised[i] != sample.supervised[i - 1]), size]
+        shapes += [
+            f'<rect x="{x + (start + a) * scale:.1f}" y="{y}" width="{(b - a) * scale:.1f}" height="20" '
+            f'fill="{LEARNED}"/>'
+            for a, b in pairwise(edges)
+            if sample.supervised[a]
+        ]
+        start += size
+    shapes.append(f'<rect x="{x}" y="{y}" width="{width}" height="20" fill="none" stroke="{FAINT}"/>')
+    return shapes
+
+
+def main() -> None:
+    layer = read_layer("examples/quickstart/sft.toml")
+    config = check(SFTConfig, *merge_layers([layer], ALTERNATIVES))
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    rows, _ = load_rows(config, Renderer(tokenizer), lambda line: None)
+    shapes = curve(Path("runs/quickstart/base"), 30, "pretrain")
+    shapes += curve(Path("runs/quickstart/sft"), 330, "sft")
+    shapes.append(text(620, 44, "packed rows of the sft data", 15, weight="bold"))
+    for place, index in enumerate(row_order(config.seed, 0, len(rows))[:6].tolist()):
+        shapes += packed_row(rows.row(index), config.sequence_length, 620, 80 + 30 * place, 310)
+    shapes += [
+        text(620, 285, "grey: conversations, which never see each other", 12, FAINT),
+        text(620, 303, "blue: the assistant's words, which alone are learned", 12, LEARNED),
+    ]
+    style = 'font-family="system-ui, sans-serif"'
+    body = "\n".join([f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *shapes])
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style}>\n{body}\n</svg>\n'
+    Path("docs/picture.svg").write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

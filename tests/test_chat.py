@@ -477,6 +477,8 @@ class TestUnusable:
         )
         assert forgets != CHATML
         assert unusable(renderer(forgets), dialogue("q", "a", "unanswered")) == ("no end of turn", "")
+        speaks_first = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "unanswered"}]
+        assert unusable(renderer(forgets), speaks_first) == ("no end of turn", "")
 
     @pytest.mark.parametrize(
         ("messages", "tools", "detail"),

@@ -44,6 +44,7 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[in
         ([7, 3, 3, 3], [[7, 3], [3, 3]]),
         ([6, 2, 2, 10], [[10], [6, 2, 2]]),
         ([6, 5, 4, 3, 2], [[6, 4], [5, 3, 2]]),
+        ([6, 6, 2, 2], [[6, 2, 2], [6]]),
     ],
 )
 def test_each_document_goes_where_it_fills_best(lengths: list[int], rows: list[list[int]]) -> None:

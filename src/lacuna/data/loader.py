@@ -6,7 +6,7 @@ The order is a pure function of (seed, epoch): the position is two integers. str
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -118,21 +118,21 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
 
     Raises DataError with what is wrong in which file and line.
     """
-    samples = _samples(config, config.dataset, config.dataset_split, renderer, report)
-    validation: list[Sample] | None = None
+    documents = _documents(config, config.dataset, config.dataset_split, renderer, report)
+    validation: list[list[Sample]] | None = None
     if config.validation_share is not None:
-        order = row_order(config.seed, 0, len(samples))
-        count = max(round(config.validation_share * len(samples)), 1)
-        if count >= len(samples):
+        order = row_order(config.seed, 0, len(documents))
+        count = max(round(config.validation_share * len(documents)), 1)
+        if count >= len(documents):
             raise DataError(
-                f"{config.dataset}: {len(samples)} documents are too few to keep {config.validation_share:.0%} of "
+                f"{config.dataset}: {len(documents)} documents are too few to keep {config.validation_share:.0%} of "
                 "them for validation"
             )
-        validation = [samples[index] for index in sorted(order[:count].tolist())]
-        samples = [samples[index] for index in sorted(order[count:].tolist())]
+        validation = [documents[index] for index in sorted(order[:count].tolist())]
+        documents = [documents[index] for index in sorted(order[count:].tolist())]
     elif config.validation_dataset is not None:
-        validation = _samples(config, config.validation_dataset, config.validation_split, renderer, report)
-    rows = pack_samples(samples, config.sequence_length, config.packing)
+        validation = _documents(config, config.validation_dataset, config.validation_split, renderer, report)
+    rows = pack_samples(list(chain.from_iterable(documents)), config.sequence_length, config.packing)
     _describe(rows, config.dataset, config.sequence_length, report)
     if config.batch_size > len(rows):
         raise DataError(
@@ -141,7 +141,7 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
         )
     if validation is None:
         return rows, None
-    validation_rows = pack_samples(validation, config.sequence_length, config.packing)
+    validation_rows = pack_samples(list(chain.from_iterable(validation)), config.sequence_length, config.packing)
     _describe(validation_rows, config.validation_dataset or "validation share", config.sequence_length, report)
     return rows, validation_rows
 
@@ -154,7 +154,10 @@ def _describe(rows: PackedRows, name: str, sequence_length: int, report: Report)
     )
 
 
-def _samples(config: TrainingConfig, dataset: str, split: str, renderer: Renderer, report: Report) -> list[Sample]:
+def _documents(
+    config: TrainingConfig, dataset: str, split: str, renderer: Renderer, report: Report
+) -> list[list[Sample]]:
+    """Every document as the pieces that it is trained in: all of a document's are on one side of a split."""
     files = find_files(dataset)
     if files is not None:
         rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file))
@@ -191,14 +194,16 @@ def _schema(config: TrainingConfig, rows: list[Row], where: str, report: Report)
     return schema
 
 
-def _fit(samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report) -> list[Sample]:
+def _fit(
+    samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report
+) -> list[list[Sample]]:
     """Texts are cut into pieces of sequence_length; for conversations, too_long decides."""
     limit = config.sequence_length
     if schema.name == "text" or not isinstance(config, SFTConfig):
-        return [piece for sample in samples for piece in pieces(sample, limit)]
+        return [pieces(sample, limit) for sample in samples]
     too_long = [sample for sample in samples if len(sample.tokens) > limit]
     if not too_long:
-        return samples
+        return [[sample] for sample in samples]
     found = f"{name}: {len(too_long):,} of {len(samples):,} conversations are longer than sequence_length {limit}"
     found += f" (the longest has {max(len(sample.tokens) for sample in too_long):,} tokens)"
     if config.too_long == "stop":
@@ -212,7 +217,7 @@ def _fit(samples: list[Sample], schema: Schema, config: TrainingConfig, name: st
         report(f"{found}: left out (too_long = 'drop')")
     if not kept:
         raise DataError(f"{found}: nothing is left to train on; raise --sequence-length")
-    return kept
+    return [[sample] for sample in kept]
 
 
 def pieces(sample: Sample, limit: int) -> list[Sample]:

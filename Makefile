@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/evaluate.py
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check

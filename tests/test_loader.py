@@ -210,6 +210,15 @@ class TestLoadRows:
         assert sorted(kept + held_out) == sorted(f"{text}<|endoftext|>" for text in texts)
         assert said[-1].startswith("validation share: 5 documents")
 
+    def test_a_long_text_is_on_one_side_of_the_split(self, tmp_path: Path) -> None:
+        """Twelve texts of one letter each, cut into three pieces or more."""
+        path = write_lines(tmp_path / "a.jsonl", [letter * 180 for letter in "abcdefghijkl"])
+        rows, validation, _ = load(pretrain(path, validation_share=0.25, packing=False))
+        assert validation is not None
+        kept, held_out = ({text[0] for text in everything(part)} for part in (rows, validation))
+        assert (len(kept), len(held_out), len(kept | held_out)) == (9, 3, 12)
+        assert len(rows) > 2 * 9
+
     def test_the_validation_share_is_drawn_by_the_seed(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", [f"number {n}" for n in range(20)])
 

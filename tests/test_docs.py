@@ -1,0 +1,162 @@
+"""Every command in README and docs is run, and what they show is what is printed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import SCRIPTS
+from fixtures import write_chat
+from hub_server import serve
+from test_hub import write_qwen
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = {
+    "make test": ".ci/run runs it, and this test with it",
+    "make lint": ".ci/run runs it",
+    "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",
+    "make install": "make test, which runs this, begins with it",
+    "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
+}
+pytestmark = pytest.mark.xdist_group("quickstart")
+
+
+def blocks(language: str) -> list[str]:
+    found = [re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL) for page in PAGES]
+    return [block for page in found for block in page]
+
+
+def commands() -> list[str]:
+    lines = [line.partition(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git has, with this environment as their .venv, so that nothing is written into the real one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(SCRIPTS.parent)
+    (folder / ".venv" / "installed").touch()
+    return folder
+
+
+def call(command: str, folder: Path, **environment: str) -> str:
+    surroundings = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", **environment}
+    outcome = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=surroundings, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert outcome.returncode == 0, f"{command}\n{outcome.stdout}\n{outcome.stderr}"
+    return outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(checkout: Path) -> tuple[Path, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    outcome = subprocess.run(
+        ["make", "quickstart"], cwd=checkout, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return checkout, outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def hub_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("hub")
+    write_qwen(root / "models" / "Qwen" / "Qwen2.5-0.5B-Instruct" / "main", seed=0)
+    with serve(root) as hub:
+        yield hub.endpoint
+
+
+def test_the_quickstart_learns_what_the_readme_shows(quickstart: tuple[Path, str]) -> None:
+    folder, output = quickstart
+    held_out = re.search(r"^held-out accuracy: (\d\.\d\d) \(before: (\d\.\d\d)\)$", output, re.MULTILINE)
+    assert held_out is not None, output
+    assert float(held_out[1]) >= 0.8
+    assert float(held_out[2]) <= 0.05
+    losses = re.findall(r"^validation loss: (\d+\.\d+) \(before: (\d+\.\d+)\)$", output, re.MULTILINE)
+    assert len(losses) == 2
+    assert all(float(after) < float(before) - 1 for after, before in losses)
+    assert "model: runs/quickstart/sft/final" in output
+    assert (folder / "runs" / "quickstart" / "sft" / "final" / "model.safetensors").exists()
+
+
+def test_the_quickstart_can_be_run_again(quickstart: tuple[Path, str]) -> None:
+    folder, first = quickstart
+    again = call("make quickstart", folder)
+    assert "already finished: runs/quickstart/base/final" in again
+    assert first.splitlines()[-1] == again.splitlines()[-1]
+
+
+def test_every_command_is_run_somewhere() -> None:
+    tested_here = {
+        "make quickstart",
+        "make install && . .venv/bin/activate",
+        "sft @ configs/sft_qwen.toml --dataset my_chats.jsonl",
+        "lacuna explain configs/sft_qwen.toml --learning-rate 1e-4",
+        "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short",
+    }
+    assert set(commands()) == tested_here | RUN_ELSEWHERE.keys()
+
+
+def test_install_leaves_an_environment_with_the_commands(checkout: Path) -> None:
+    output = call("make install && . .venv/bin/activate && sft --help", checkout)
+    assert "--learning-rate" in output
+
+
+def test_explain_prints_the_lines_that_the_readme_shows(checkout: Path) -> None:
+    printed = call("lacuna explain configs/sft_qwen.toml --learning-rate 1e-4", checkout)
+    (shown,) = [block for block in blocks("") if block.startswith("learning_rate ")]
+    for line in shown.splitlines():
+        assert line.split() in [printed_line.split() for printed_line in printed.splitlines()]
+
+
+def test_the_short_run_of_the_data_page(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    command = "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short"
+    printed = call(command, folder)
+    (shown,) = [block for block in blocks("") if "schema chat" in block]
+    assert shown.strip() in printed
+    assert (folder / "runs" / "short" / "final").is_dir()
+
+
+def test_the_errors_that_the_readme_shows(tmp_path: Path) -> None:
+    (shown,) = [block for block in blocks("") if block.startswith("error: ")]
+    settings = "\n" * 11 + 'lerning_rate = 1e-4\n\nbatch_size = "4"\n'
+    names = 'model_name = "m"\ndataset = "d"\noutput_dir = "o"\nsteps = 1\n'
+    (tmp_path / "my.toml").write_text(settings + names)
+    words = [str(SCRIPTS / "sft"), "@", "my.toml"]
+    outcome = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2
+    assert sorted(outcome.stderr.splitlines()) == sorted(shown.splitlines())
+
+
+def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_path: Path) -> None:
+    chats = write_chat(checkout / "my_chats.jsonl", rows=1500)
+    assert json.loads(chats.read_text().splitlines()[0]).keys() == {"messages"}
+    home = {"HF_ENDPOINT": hub_endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)
+    assert "model: runs/sft_qwen/final" in printed
+    folder = checkout / "runs" / "sft_qwen"
+    readme = (ROOT / "README.md").read_text()
+    listed = re.search(r"```\nruns/sft_qwen/\n(.*?)```", readme, flags=re.DOTALL)
+    assert listed is not None
+    named = {line.split()[0].rstrip("/") for line in listed[1].splitlines()}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == named
+    again = call("sft @ runs/sft_qwen/config.toml --output-dir runs/again", checkout, **home)
+    assert "model: runs/again/final" in again
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.xdist_group("quickstart")
 
 
 def blocks(language: str) -> list[str]:
-    found = [re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL) for page in PAGES]
-    return [block for page in found for block in page]
+    """What stands in fences of a language ("" for none) on any page."""
+    parts = [page.read_text().split("```")[1::2] for page in PAGES]
+    return [part.removeprefix(language + "\n") for page in parts for part in page if part.startswith(language + "\n")]
 
 
 def commands() -> list[str]:
@@ -147,10 +148,8 @@ def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_p
     printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)
     assert "model: runs/sft_qwen/final" in printed
     folder = checkout / "runs" / "sft_qwen"
-    readme = (ROOT / "README.md").read_text()
-    listed = re.search(r"```\nruns/sft_qwen/\n(.*?)```", readme, flags=re.DOTALL)
-    assert listed is not None
-    named = {line.split()[0].rstrip("/") for line in listed[1].splitlines()}
+    (listed,) = [block for block in blocks("") if block.startswith("runs/sft_qwen/")]
+    named = {line.split()[0].rstrip("/") for line in listed.splitlines()[1:]}
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == named
     again = call("sft @ runs/sft_qwen/config.toml --output-dir runs/again", checkout, **home)
     assert "model: runs/again/final" in again

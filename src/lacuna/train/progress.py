@@ -13,8 +13,7 @@ class TrainingProgress:
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self.console = console
         self.total_steps = total_steps
-        self.start_step = start_step
-        self.started = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
@@ -33,6 +32,8 @@ class TrainingProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
+        """Note that a step is done; the time before the first one, with its validation, says nothing of the rest."""
+        self._first = self._first or (step, time.monotonic())
         self._bar.update(self._task, completed=step)
 
     def show(self, metrics: Mapping[str, float]) -> None:
@@ -42,9 +43,10 @@ class TrainingProgress:
         parts += [f"grad {metrics['gradient_norm']:.2f}", f"{metrics['tokens_per_second']:,.0f} tok/s"]
         if "mfu" in metrics:
             parts.append(f"MFU {metrics['mfu']:.1%}")
-        done = max(step - self.start_step, 1)
-        eta = (time.monotonic() - self.started) / done * (self.total_steps - step)
-        parts.append(f"ETA {format_duration(eta)}")
+        first_step, first_time = self._first or (step, 0.0)
+        if step > first_step:
+            seconds = (time.monotonic() - first_time) / (step - first_step) * (self.total_steps - step)
+            parts.append(f"ETA {format_duration(seconds)}")
         line = " | ".join(parts)
         self._bar.update(self._task, line=" | ".join(parts[1:]))
         self.console.print(line)

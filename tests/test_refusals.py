@@ -364,3 +364,50 @@ def test_without_torch_the_missing_extra_is_named(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert explained.returncode == 0, explained.stderr
+
+
+def test_wandb_without_an_account_is_told_before_the_data_are_read(
+    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    outcome = run("sft", **settings, tracker="wandb")
+    assert_refused(outcome, "tracker 'wandb':", "WANDB_MODE=offline", "No API key")
+    assert "schema chat" not in outcome.output
+
+
+def test_a_missing_tracker_is_named_with_its_extra(settings: Settings, tmp_path: Path) -> None:
+    """All installed packages but TensorBoard, as links in a folder."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    site = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    for entry in site.iterdir():
+        if not entry.name.startswith("tensorboard"):
+            (packages / entry.name).symlink_to(entry)
+    source = Path(__file__).parent.parent / "src"
+    program = "from lacuna import cli; import sys; sys.argv = ['sft', *sys.argv[1:]]; cli.main_sft()"
+    words = [sys.executable, "-S", "-c", program, *flags(**settings, tracker="tensorboard")]
+    environment = {**os.environ, "PYTHONPATH": f"{source}:{packages}"}
+    outcome = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert outcome.returncode == 2, outcome.stderr
+    assert "needs 'tensorboard', which is not installed: pip install 'lacuna[track]'" in outcome.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_during_training_ends_in_one_message(settings: Settings, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        process = spawn("sft", **{**settings, "output_dir": disk / "out", "steps": 20000, "save_every": 20000})
+        process.wait_until(lambda: len(read_metrics(disk / "out")) > 5)
+        subprocess.run(["dd", "if=/dev/zero", f"of={disk}/filler", "bs=4k"], capture_output=True, check=False)
+        output = process.wait()
+        assert process.popen.returncode == 2, output
+        assert "No space left on device" in output
+        assert "make room, then go on with:" in output
+        assert "Traceback" not in output
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -30,11 +30,11 @@ class MicroBatch:
 def collate(rows: Sequence[PackedRow], padding_token: int, length: int | None, flatten: bool) -> MicroBatch:
     """Put rows side by side, padded at their ends to `length`, or to the longest where that is None.
 
-    flatten: one long row instead, without padding. No target crosses from a document into the next.
+    flatten: one long row instead, padded to as much. No target crosses from a document into the next.
     """
     if flatten:
+        length = length and length * len(rows)
         rows = [[sample for row in rows for sample in row]]
-        length = None
     width = length or max(sum(len(sample.tokens) for sample in row) for row in rows)
     input_ids = np.full((len(rows), width), padding_token, dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)

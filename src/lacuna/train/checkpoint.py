@@ -56,9 +56,7 @@ def checkpoint_name(step: int) -> str:
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that resumes as tensors, by name: weights (shared ones once), AdamW's moments, random state."""
-    stored = model.state_dict().keys()
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
-    tensors |= {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
+    tensors = _weights_of(model)
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     tensors["random.cpu"] = torch.get_rng_state()
@@ -69,8 +67,14 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return tensors
 
 
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    stored = model.state_dict().keys()
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
+    return tensors | {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
+
+
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Load weights, moments and random state in place. Random state of a device that is not here is left out."""
+    """Load weights, moments and random state in place; of the random states, those that are both here and there."""
     tensors = tensors_of(model, optimizer)
     _load(checkpoint, tensors)
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
@@ -86,14 +90,16 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     return read_state(checkpoint)
 
 
-def restore_weights(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load the weights alone."""
-    names = tensors_of(model, optimizer)
-    _load(checkpoint, {name: tensor for name, tensor in names.items() if name.startswith("model.")})
+    _load(checkpoint, _weights_of(model))
 
 
 def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = {name: tensor for name, tensor in tensors.items() if name in stored or not name.startswith("random.")}
+    load(wanted, storage_reader=reader, no_dist=True)
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -150,9 +156,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def close(self) -> None:
-        self._thread.shutdown()
 
 
 def _cannot_write(name: str, error: BaseException) -> RunError:

@@ -105,7 +105,8 @@ def train_steps(
                 writer.save(tensors_of(model.causal_lm, optimizer), state)
             if stop:
                 writer.wait()
-                raise Interrupted(stop.signal_number or 0, f"stopped after step {step}, which is saved")
+                saved = f"after step {step}, which is saved" if step else "before the first step"
+                raise Interrupted(stop.signal_number or 0, f"stopped {saved}")
             if step == total_steps:
                 break
 
@@ -151,7 +152,7 @@ def train_steps(
                 window = Window()
         writer.wait()
     if config.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints")) is not None:
-        restore_weights(best, model.causal_lm, optimizer)
+        restore_weights(best, model.causal_lm)
         console.print(f"final weights: {best}")
     write_final(model, prepared)
     write_status(folder, "finished", total_steps, total_steps)

@@ -1,5 +1,6 @@
 """From a config to a running loop: everything that can fail is tried here, the cheap things first."""
 
+import errno
 import math
 import os
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import MAY_CHANGE_ON_RESUME, PretrainConfig, TrainingConfig
@@ -35,6 +37,8 @@ from lacuna.train.optimizer import warmup_steps
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import check_tracker
 
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
 
 def train(config: TrainingConfig, command: list[str]) -> None:
     """Train what the config says and leave a run folder with `final/` in it.
@@ -54,8 +58,11 @@ def train(config: TrainingConfig, command: list[str]) -> None:
                 interruption.signal_number, f"{interruption}; go on with: {resume_command(config, command)}"
             ) from None
         except BaseException as error:
+            if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+                problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
+                error = RunError(problem + resume_command(config, command))
             _finish_status(folder, "failed", str(error) or type(error).__name__)
-            raise
+            raise error
 
 
 def _finish_status(folder: Path, state: str, reason: str) -> None:

@@ -1,25 +1,34 @@
 """W&B and TensorBoard, where the config asks for them."""
 
+import importlib.util
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from lacuna.config.training import TrainingConfig
-from lacuna.errors import MissingExtraError
+from lacuna.errors import ConfigError, MissingExtraError, RunError
 from lacuna.runs.folder import write_json
 
+OFFLINE = "Or set WANDB_MODE=offline, which keeps the metrics in the run folder."
 Log = Callable[[int, Mapping[str, float]], None]
 
 
 def check_tracker(config: TrainingConfig) -> None:
-    """Raises MissingExtraError before anything expensive happens."""
-    module = {"none": "json", "wandb": "wandb", "tensorboard": "tensorboard"}[config.tracker]
-    try:
-        __import__(module)
-    except ImportError:
-        raise MissingExtraError("track", module) from None
+    """Raises MissingExtraError or ConfigError before anything expensive happens: no W&B account here."""
+    if config.tracker == "none":
+        return
+    if importlib.util.find_spec(config.tracker) is None:
+        raise MissingExtraError("track", config.tracker)
+    if config.tracker == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise ConfigError(f"tracker 'wandb': {error} {OFFLINE}") from error
 
 
 @contextmanager
@@ -39,14 +48,18 @@ def _wandb(config: TrainingConfig, folder: Path) -> Iterator[Log]:
     remembered = folder / "wandb_run.json"
     run_id = json.loads(remembered.read_text())["id"] if remembered.exists() else uuid.uuid4().hex[:8]
     write_json(remembered, {"id": run_id})
-    with wandb.init(
-        project=config.tracker_project or "lacuna",
-        name=folder.name,
-        id=run_id,
-        resume="allow",
-        dir=folder,
-        config=config.model_dump(),
-    ) as run:
+    try:
+        started = wandb.init(
+            project=config.tracker_project or "lacuna",
+            name=folder.name,
+            id=run_id,
+            resume="allow",
+            dir=folder,
+            config=config.model_dump(),
+        )
+    except wandb.errors.Error as error:
+        raise RunError(f"tracker 'wandb': {error} {OFFLINE}") from error
+    with started as run:
         yield lambda step, values: run.log(dict(values), step=step)
 
 

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GemmaConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -14,7 +15,8 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from lacuna.train.metrics import model_flops
+from lacuna.platform.detect import Device
+from lacuna.train.metrics import Window, model_flops
 
 BASE = {"vocab_size": 500, "max_position_embeddings": 4096}
 LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -66,3 +68,30 @@ def test_no_number_where_the_formula_would_be_wrong() -> None:
     )
     assert model_flops(AutoModelForCausalLM.from_config(window), 64) is None
     assert model_flops(AutoModelForCausalLM.from_config(window), 32) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_of_just_this_product_or_unknown(name: str, peak: float | None) -> None:
+    assert Device("cuda", name).peak_bf16_flops == peak
+
+
+def test_no_number_for_a_window_or_layers_of_another_kind() -> None:
+    window = MistralConfig(**BASE, **LLAMA, num_key_value_heads=2, sliding_window=32)
+    assert model_flops(AutoModelForCausalLM.from_config(window), 64) is None
+    convolution = Lfm2Config(**BASE, **LLAMA, num_key_value_heads=2, full_attn_idxs=[1])
+    assert model_flops(AutoModelForCausalLM.from_config(convolution), 64) is None
+
+
+def test_the_peak_is_only_used_where_it_is_known() -> None:
+    window = Window(seconds=2.0, data_seconds=0.5, tokens=100, flops=10**12, palm_flops=2 * 10**12)
+    assert window.speed(None) == {"tokens_per_second": 50.0, "data_wait": 0.25}
+    assert window.speed(1e12) == {"tokens_per_second": 50.0, "data_wait": 0.25, "mfu": 0.5, "mfu_palm": 1.0}

@@ -540,12 +540,13 @@ class TestCollate:
         assert (found.predicting.tolist(), found.targets.tolist()) == ([0], [2])
         assert (found.tokens, found.attention_pairs) == (3, 4)
 
-    def test_flattened_rows_are_one_row_without_padding(self) -> None:
+    def test_flattened_rows_are_one_row_padded_at_its_end_alone(self) -> None:
         rows = [[document([1, 2]), document([3])], [document([4, 5])]]
-        found = collate(rows, padding_token=0, length=8, flatten=True)
-        assert found.input_ids.tolist() == [[1, 2, 3, 4, 5]]
-        assert found.position_ids.tolist() == [[0, 1, 0, 0, 1]]
+        found = collate(rows, padding_token=0, length=4, flatten=True)
+        assert found.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+        assert found.position_ids.tolist() == [[0, 1, 0, 0, 1, 0, 1, 2]]
         assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 3], [2, 5])
+        assert collate(rows, padding_token=0, length=None, flatten=True).input_ids.tolist() == [[1, 2, 3, 4, 5]]
 
     def test_arrays_are_64_bit_integers(self) -> None:
         found = collate([[document([1, 2])]], padding_token=0, length=None, flatten=False)

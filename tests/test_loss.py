@@ -106,7 +106,7 @@ def test_the_proof_accepts_a_right_model_and_finds_a_leak(tmp_path_factory: pyte
     leaky = LossModel(Leaky.from_pretrained(folder), torch.float32)
     with pytest.raises(ModelError, match=r"lets packed documents see each other.*--packing false"):
         prove_loss(leaky, flatten_rows=False, packing=True)
-    assert prove_loss(leaky, flatten_rows=False, packing=False)
+    prove_loss(leaky, flatten_rows=False, packing=False)
 
 
 def test_a_model_that_scales_its_logits_gets_the_plain_loss(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -116,8 +116,43 @@ def test_a_model_that_scales_its_logits_gets_the_plain_loss(tmp_path_factory: py
     config = CohereConfig(**shape, num_attention_heads=2, num_key_value_heads=2, logit_scale=0.25)
     torch.manual_seed(0)
     model = LossModel(CohereForCausalLM(config), torch.float32)
-    assert not prove_loss(model, flatten_rows=False, packing=True)
+    model.chunked = prove_loss(model, flatten_rows=False, packing=True)
+    assert not model.chunked
     ids = torch.arange(12)[None]
     expected = model.causal_lm(ids, labels=ids, use_cache=False).loss
     positions, predicting = torch.arange(12)[None], torch.arange(11)
     torch.testing.assert_close(model(ids, positions, predicting, ids[0, 1:], 1 / 11), expected)
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soft_cap_is_seen_also_where_fresh_weights_hide_it(dtype: torch.dtype) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    for cap, plain_head in ((30.0, False), (None, True)):
+        torch.manual_seed(0)
+        causal_lm = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap))
+        assert prove_loss(LossModel(causal_lm, dtype), flatten_rows=False, packing=True) is plain_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bloom", "lfm2", "opt"])
+def test_architectures_that_leak_are_found_with_fresh_weights(kind: str, dtype: torch.dtype) -> None:
+    """ALiBi over the whole row, a convolution across documents, positions counted by the model itself."""
+    from transformers import BloomConfig, Lfm2Config, OPTConfig
+
+    configs = {
+        "bloom": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        "lfm2": Lfm2Config(**{**SMALL, "num_hidden_layers": 3}, full_attn_idxs=[2]),
+        "opt": OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                         word_embed_proj_dim=32, max_position_embeddings=64),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LossModel(AutoModelForCausalLM.from_config(configs[kind]), dtype)
+    with pytest.raises(ModelError, match="lets packed documents see each other"):
+        prove_loss(model, flatten_rows=False, packing=True)

@@ -109,7 +109,7 @@ def observe(run: Run, command: str, settings: Settings, workshop: Path, place: P
         (place / path.name).symlink_to(path)
     outcome = run(command, **{name: value for name, value in settings.items() if value != "none"})
     folder = place / str(settings["output_dir"])
-    seen = [re.sub(r"[\d,]+ tok/s \| |ETA \S+( \d+s)?|process \d+", "", outcome.output), str(outcome.code)]
+    seen = [re.sub(r"[\d,]+ tok/s|ETA \S+( \d+s)?|process \d+", "", outcome.output), str(outcome.code)]
     metrics = folder / "metrics.jsonl"
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
         seen.append(json.dumps({name: value for name, value in json.loads(line).items() if name not in TIMES}))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import Run, flags, spawn
+from conftest import SCRIPTS, Run, flags, spawn
 from fixtures import make_model, make_tokenizer, write_chat
 from lacuna.errors import RunError
 from lacuna.runs.folder import locked
@@ -78,7 +78,7 @@ def test_all_cheap_problems_are_told_at_once(run: Run, settings: Settings) -> No
         ({"warmup_steps": 4}, "warmup takes 4 of 4 steps, so the learning rate would never reach its peak"),
         ({"batch_size": 400}, "batch_size is 400 rows, but the data fill only"),
         ({"chat_template": "none.jinja"}, "chat_template none.jinja: No such file"),
-        ({"resume": "nowhere/step-00000002"}, "resume nowhere/step-00000002: there is no such folder"),
+        ({"resume": "nowhere/step-00000002"}, "resume nowhere/step-00000002: there is no checkpoint"),
         ({"output_dir": "/proc/lacuna"}, "output_dir /proc/lacuna: cannot be written"),
     ],
 )
@@ -366,16 +366,20 @@ def test_without_torch_the_missing_extra_is_named(tmp_path: Path) -> None:
     assert explained.returncode == 0, explained.stderr
 
 
-def test_wandb_without_an_account_is_told_before_the_data_are_read(
-    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
-    outcome = run("sft", **settings, tracker="wandb")
-    assert_refused(outcome, "tracker 'wandb':", "WANDB_MODE=offline", "No API key")
-    assert "schema chat" not in outcome.output
+def test_wandb_without_an_account_is_told_before_the_data_are_read(settings: Settings, tmp_path: Path) -> None:
+    """In a process of its own, because W&B remembers its mode."""
+    settings = {**settings, "tracker": "wandb"}
+    environment = {**os.environ, "WANDB_MODE": "online", "HOME": str(tmp_path)}
+    environment.pop("WANDB_API_KEY", None)
+    words = [str(SCRIPTS / "sft"), *flags(**settings)]
+    outcome = subprocess.run(
+        words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 2
+    assert "error: tracker 'wandb': No API key configured" in outcome.stderr
+    assert "WANDB_MODE=offline" in outcome.stderr
+    assert "schema chat" not in outcome.stdout
+    assert "Traceback" not in outcome.stderr
 
 
 def test_a_missing_tracker_is_named_with_its_extra(settings: Settings, tmp_path: Path) -> None:
@@ -411,3 +415,115 @@ def test_a_disk_that_fills_up_during_training_ends_in_one_message(settings: Sett
         assert "Traceback" not in output
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_config_file_of_the_users_own_is_not_overwritten(run: Run, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.toml").write_text("seed = 1  # my notes\n")
+    outcome = run("sft", "@", tmp_path / "out" / "config.toml", **settings)
+    assert_refused(outcome, "is not empty and not a run folder (it holds config.toml)")
+    assert (tmp_path / "out" / "config.toml").read_text() == "seed = 1  # my notes\n"
+
+
+def test_a_refused_command_leaves_the_status_of_a_finished_run(run: Run, settings: Settings, tmp_path: Path) -> None:
+    assert run("sft", **settings).code == 0
+    before = (tmp_path / "out" / "status.json").read_text()
+    assert run("sft", **{**settings, "learning_rate": 1e-3}).code == 2
+    assert (tmp_path / "out" / "status.json").read_text() == before
+    (tmp_path / "out" / "status.json").write_text(before.replace("finished", "running"))
+    assert run("sft", **settings).code == 0
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_damaged_older_checkpoint_does_not_stop_the_run(run: Run, stopped: tuple[Path, Settings]) -> None:
+    folder, settings = stopped
+    older, newest = sorted(folder.glob("checkpoints/step-*"))
+    (older / "state.json").write_text("{")
+    process = spawn("sft", **settings)
+    process.wait_until(lambda: len(list(folder.glob("checkpoints/step-*"))) and not older.exists())
+    output = process.stop(signal.SIGTERM)
+    assert f"resuming from {newest}" in output
+    assert "Traceback" not in output
+
+
+def test_changed_streamed_files_do_not_resume(run: Run, settings: Settings, text_file: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "stream.jsonl"
+    lines = text_file.read_text().splitlines(keepends=True)
+    dataset.write_text("".join(lines))
+    streamed = {**settings, "dataset": dataset, "streaming": "true", "steps": 3000, "sequence_length": 32}
+    process = spawn("pretrain", **streamed)
+    process.wait_until(lambda: list(tmp_path.glob("out/checkpoints/step-*")))
+    process.stop(signal.SIGTERM)
+    dataset.write_text("".join(reversed(lines)))
+    assert_refused(run("pretrain", **streamed), "the data or the tokenizer have changed since it was written")
+
+
+def test_a_generation_config_that_could_not_be_saved_is_mended(run: Run, settings: Settings, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "sampling")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 0}')
+    assert run("sft", **{**settings, "model_name": folder}).code == 0
+    saved = json.loads((tmp_path / "out" / "final" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.6, 0.9)
+
+
+def test_truncated_weights_are_not_reported_as_a_full_disk(run: Run, settings: Settings, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "cut")
+    truncate(folder / "model.safetensors")
+    outcome = run("sft", **{**settings, "model_name": folder})
+    assert_refused(outcome, "its weights cannot be loaded")
+    assert "make room" not in outcome.output
+
+
+def test_positions_are_found_under_an_older_name(run: Run, settings: Settings, text_file: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    outcome = run("pretrain", **{**settings, "model_name": tmp_path / "gpt2", "dataset": text_file})
+    assert_refused(outcome, "sequence_length 96 is more than the 64 positions")
+
+
+def test_brackets_in_names_are_printed_as_they_are(run: Run, settings: Settings, tmp_path: Path) -> None:
+    outcome = run("sft", **{**settings, "output_dir": tmp_path / "o[/h]"})
+    assert outcome.code == 0, outcome.output
+    assert f"model: {tmp_path / 'o[/h]' / 'final'}" in outcome.output
+
+
+def test_a_home_folder_is_expanded(run: Run, settings: Settings, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("sft", **{**settings, "output_dir": "~/runs/a"}).code == 0
+    assert (tmp_path / "runs" / "a" / "final").is_dir()
+
+
+def test_compiling_needs_a_compiler(run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert_refused(run("sft", **settings, compile="true"), "compile = true needs a C compiler")
+
+
+def test_settings_without_effect_on_the_data_are_refused(run: Run, settings: Settings, text_file: Path) -> None:
+    assert_refused(run("sft", **settings, text_column="body"), "text_column would have no effect")
+    plain = {**settings, "dataset": text_file}
+    assert_refused(run("sft", **plain, too_long="stop"), "too_long would have no effect")
+
+
+def test_a_broken_template_is_named_with_its_line(run: Run, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}\n{{ message['content'] \n{% endfor %}")
+    outcome = run("sft", **settings, chat_template=tmp_path / "broken.jinja")
+    assert_refused(outcome, "the chat template is broken in its line")
+
+
+def test_a_folder_with_a_model_but_no_tokenizer(run: Run, settings: Settings, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "bare")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    assert_refused(run("sft", **{**settings, "model_name": folder}), "no tokenizer could be loaded")
+
+
+def test_memory_that_is_not_there_names_the_settings_to_lower(run: Run, settings: Settings, tmp_path: Path) -> None:
+    """An embedding of 1.3 TB."""
+    folder = make_model(tmp_path / "huge")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))
+    outcome = run("sft", **{**settings, "model_name": folder}, initialise="random")
+    assert_refused(outcome, "out of memory: lower --micro-batch-size (now 2), set --activation-checkpointing true")

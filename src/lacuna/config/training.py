@@ -15,7 +15,8 @@ ALTERNATIVES = [("epochs", "steps"), ("warmup_share", "warmup_steps"), ("validat
 
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume", "device", "attention", "compile", "activation_checkpointing", "micro_batch_size",
-    "log_every", "save_every", "keep_best", "keep_last", "final_weights", "tracker", "tracker_project",
+    "log_every", "evaluate_every", "save_every", "keep_best", "keep_last", "final_weights", "tracker",
+    "tracker_project",
 }  # fmt: skip
 """What leaves the sequence of samples and the mathematics of a run as they are."""
 
@@ -99,7 +100,8 @@ class TrainingConfig(BaseModel):
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     evaluate_every: PositiveInt | None = None
-    """Steps between two validations, besides the first and the last. Default: with each save."""
+    """Steps between two validations, besides the first and the last; only a validated checkpoint can be the best.
+    Default: with each save."""
     save_every: PositiveInt = 500
     """Steps between two checkpoints, besides the last."""
     keep_best: Annotated[int, Field(ge=0)] = 1

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lacuna.data.formats import Conversation, Example, Message, Text
+from lacuna.data.formats import SHOWN_PROBLEMS, Conversation, Example, Message, Text
 from lacuna.errors import DataError, ModelError
 
 SENTINEL = "\u2045lacuna {}\u2046"
@@ -186,6 +186,8 @@ class Renderer:
                 self._ends(text[start:end], turn is messages[-1])
                 for (start, end), turn in zip(spans or [], turns, strict=False)
             ]
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"the chat template is broken in its line {error.lineno}: {error.message}") from error
         except jinja2.TemplateError as error:
             return Unusable("refused by the template", origin, str(error))
         for message in messages:
@@ -294,6 +296,7 @@ def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
     for kind in dict.fromkeys(item.kind for item in unusable):
         found = [item for item in unusable if item.kind == kind]
         detail = f" ({found[0].detail})" if found[0].detail else ""
-        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples: {ADVICE[kind]}")
+        others = f" (also {', '.join(item.origin for item in found[1:SHOWN_PROBLEMS])})" if found[1:] else ""
+        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {ADVICE[kind]}")
     if problems:
         raise DataError(problems)

@@ -126,7 +126,8 @@ def _read_json(path: Path) -> Iterator[Row | Broken]:
     try:
         items = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        hint = "; is it one object a line? Then it ends in .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from None
     except RecursionError:
         raise DataError(f"{path}: not readable: nested too deeply") from None
     if not isinstance(items, list):

@@ -189,6 +189,11 @@ def _documents(
 def _schema(config: TrainingConfig, rows: list[Row], where: str, report: Report) -> Schema:
     wanted = config.dataset_schema if isinstance(config, SFTConfig) else "text"
     schema = detect_schema(rows, wanted, config.text_column, where)
+    for_the_other = ["text_column"] if schema.name != "text" else ["chat_template", "too_long"]
+    if given := config.changed_from_default(*(name for name in for_the_other if name in type(config).model_fields)):
+        raise DataError(
+            f"{where}: {', '.join(given)} would have no effect, because the data's schema is {schema.reason}"
+        )
     unused = f"; columns not used: {', '.join(schema.unused_columns)}" if schema.unused_columns else ""
     report(f"{where}: schema {schema.reason}{unused}")
     return schema
@@ -208,8 +213,8 @@ def _fit(
     found += f" (the longest has {max(len(sample.tokens) for sample in too_long):,} tokens)"
     if config.too_long == "stop":
         raise DataError(f"{found}: raise --sequence-length, or choose --too-long drop or truncate")
-    cut = [Sample(sample.tokens[:limit], sample.supervised[:limit]) for sample in samples]
     if config.too_long == "truncate":
+        cut = [Sample(sample.tokens[:limit], sample.supervised[:limit]) for sample in samples]
         kept = [sample for sample in cut if sample.supervised[1:].any()]
         report(f"{found}: cut off; {len(cut) - len(kept):,} of them had nothing left to learn and are left out")
     else:

@@ -3,6 +3,7 @@
 The position names where the window began and how many of its rows are used up.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -11,6 +12,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import Any, cast
+
+from transformers import PreTrainedTokenizerFast
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer, Sample, Unusable
@@ -21,6 +24,7 @@ from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
 STREAMING_CHUNK = 64
+FINGERPRINT_BYTES = 2**20
 READER_PATIENCE = 2.0
 """Seconds that the end of a stream waits for the thread that reads it."""
 
@@ -108,6 +112,19 @@ def _beginning(config: PretrainConfig, position: Position | None) -> Any:
     if find_files(config.dataset) is not None:
         return None
     return hub_beginning(config, config.dataset, position["source"] if position else None)
+
+
+def stream_fingerprint(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the tokenizer and of names, sizes and both ends of the files; hub data are pinned by their commit."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    for path in find_files(config.dataset) or []:
+        size = path.stat().st_size
+        digest.update(f"{path} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(size - FINGERPRINT_BYTES, 0))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def check_stream(config: TrainingConfig, report: Report) -> None:

@@ -1,5 +1,6 @@
 """Which device a run uses, and how fast that device could be."""
 
+import re
 from dataclasses import dataclass
 
 from lacuna.errors import ConfigError
@@ -17,15 +18,19 @@ PEAK_BF16_FLOPS = {
     "RTX 3090": 71e12,
     "A10G": 70e12,
 }
-"""Dense bf16 tensor-core peaks with fp32 accumulation; the first name that is part of the device's holds.
+"""Dense bf16 tensor-core peaks with fp32 accumulation; the first name that is a word of the device's holds.
 
 # ref: NVIDIA's data sheets of each product, the figures without sparsity
 """
 
 
+OTHER_PRODUCTS = r"\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b"
+"""Words that make another product, or a part of one, of a name that is known."""
+
+
 @dataclass(frozen=True)
 class Device:
-    """type: "cuda", "mps" or "cpu"; memory in bytes, None where it is shared with the system."""
+    """type: "cuda", "mps" or "cpu"; memory in bytes, None on a CPU."""
 
     type: str
     name: str
@@ -36,7 +41,9 @@ class Device:
         """Peak FLOP/s in bf16; None where it is not known, so that no MFU is made up."""
         if self.type != "cuda":
             return None
-        return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name.lower() in self.name.lower()), None)
+        if re.search(OTHER_PRODUCTS, self.name):
+            return None
+        return next((peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{name}\b", self.name)), None)
 
 
 def choose_device(wanted: str) -> Device:
@@ -52,4 +59,6 @@ def choose_device(wanted: str) -> Device:
     if wanted == "cuda":
         properties = torch.cuda.get_device_properties(0)
         return Device("cuda", properties.name, properties.total_memory)
-    return Device(wanted, {"mps": "Apple GPU (MPS)", "cpu": "CPU"}[wanted])
+    if wanted == "mps":
+        return Device("mps", "Apple GPU (MPS)", torch.mps.recommended_max_memory())
+    return Device("cpu", "CPU")

@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise RunError where the folder holds something that is not a run: nothing of it may be mixed up or lost."""
-    if not folder.exists() or any((folder / name).exists() for name in ("config.toml", "status.json")):
+    if not folder.exists() or (folder / "status.json").exists():
         return
     if not folder.is_dir():
         raise RunError(f"output_dir {folder} is a file")

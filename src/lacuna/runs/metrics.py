@@ -22,6 +22,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def validation_losses(folder: Path) -> dict[int, float]:
+    """Validation loss by step."""
+    return {line["step"]: line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line}
+
+
 class MetricsLog:
     """Appends lines; those of steps that will be taken again since the checkpoint are dropped when it opens."""
 

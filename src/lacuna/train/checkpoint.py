@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from lacuna.errors import RunError
 from lacuna.runs.folder import write_json, write_whole
+from lacuna.runs.metrics import validation_losses
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
@@ -45,8 +46,8 @@ class TrainingState:
     tokens: int
     validation_loss: float | None
     precision: str
-    data: str | None
-    """Fingerprint of the packed data; None when streaming."""
+    data: str
+    """Fingerprint of the packed data, or of the files that are streamed."""
     config: dict[str, Any]
 
 
@@ -186,19 +187,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def superfluous(folder: Path, keep_last: int, keep_best: int) -> list[str]:
-    """Names of checkpoints that are neither among the newest nor among the best by validation loss."""
-    names = sorted(path.name for path in folder.glob("step-*"))
-    losses = {name: read_state(folder / name).validation_loss for name in names}
-    ranked = sorted((loss, name) for name, loss in losses.items() if loss is not None)
-    kept = set(names[-keep_last:]) | {name for _, name in ranked[:keep_best]}
-    return [name for name in names if name not in kept]
+    """Names of checkpoints that are neither among the newest nor among the best by the run's validation losses."""
+    checkpoints = sorted(folder.glob("step-*"))
+    losses = validation_losses(folder.parent)
+    ranked = sorted((losses[step_of(path)], path.name) for path in checkpoints if step_of(path) in losses)
+    kept = {path.name for path in checkpoints[-keep_last:]} | {name for _, name in ranked[:keep_best]}
+    return [path.name for path in checkpoints if path.name not in kept]
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss."""
-    losses = [(read_state(path).validation_loss, path) for path in sorted(folder.glob("step-*"))]
-    return min(((loss, path) for loss, path in losses if loss is not None), default=(None, None))[1]
+    """The undamaged checkpoint with the lowest validation loss."""
+    losses = validation_losses(folder.parent)
+    candidates = sorted((losses[step_of(path)], path) for path in folder.glob("step-*") if step_of(path) in losses)
+    return next((path for _, path in candidates if damage(path) is None), None)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from lacuna.data.chat import Renderer
 from lacuna.data.collate import MicroBatch, collate
 from lacuna.data.loader import Batch, PackedRow, PackedRows, batches
 from lacuna.data.stream import stream
-from lacuna.errors import Interrupted, NonFiniteLossError
+from lacuna.errors import Interrupted, NonFiniteLossError, RunError
 from lacuna.runs.folder import write_status
 from lacuna.runs.metrics import MetricsLog
 from lacuna.train.checkpoint import (
@@ -58,7 +59,7 @@ class Prepared:
     """None when streaming."""
     validation_rows: PackedRows | None
     total_steps: int
-    fingerprint: str | None
+    fingerprint: str
     resume_from: Path | None
 
 
@@ -86,7 +87,7 @@ def train_steps(
 
     stop.at_once = False
     with (
-        MetricsLog(folder, state.step) as log,
+        MetricsLog(folder, state.step if prepared.resume_from else -1) as log,
         open_tracker(config, folder, state.step) as track,
         TrainingProgress(console, total_steps, state.step) as progress,
     ):
@@ -94,7 +95,7 @@ def train_steps(
         step, tokens, position, validation_loss = state.step, state.tokens, state.position, state.validation_loss
         evaluate_every = config.evaluate_every or config.save_every
         while True:
-            if validation_loss is None and (step == 0 or due(step, evaluate_every) or due(step, config.save_every)):
+            if validation_loss is None and (step == 0 or due(step, evaluate_every)):
                 validation_loss = evaluate(config, prepared, model, stop)
                 if validation_loss is not None:
                     log.write({"step": step, "validation_loss": validation_loss})
@@ -197,11 +198,11 @@ def evaluate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop:
         chunk = [rows.row(index) for index in range(start, min(start + config.micro_batch_size, len(rows)))]
         for micro in collate_batch(config, prepared, chunk):
             if stop:
-                break
+                return None
             total += float(model(*to_device(micro, prepared.execution), scale=1.0))
             targets += len(micro.targets)
     model.train()
-    return None if stop else total / max(targets, 1)
+    return total / max(targets, 1)
 
 
 def non_finite(
@@ -233,8 +234,11 @@ def write_final(model: LossModel, prepared: Prepared) -> None:
     final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     nn.Module.to(model.causal_lm, prepared.execution.dtype)
-    model.causal_lm.save_pretrained(partial)
-    prepared.tokenizer.save_pretrained(partial)
+    try:
+        model.causal_lm.save_pretrained(partial)
+        prepared.tokenizer.save_pretrained(partial)
+    except SafetensorError as error:
+        raise RunError(f"{final}: could not be written: {error}; make room and run the same command again") from error
     partial.rename(final)
 
 
@@ -243,9 +247,10 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
     execution = prepared.execution
     model = LossModel(causal_lm, execution.dtype)
     chunked = prove_loss(model, execution.flatten_rows, config.packing)
+    model.chunked = chunked
     checkpointing = config.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = needs_checkpointing(config, causal_lm, execution.device)
+        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype)
     prepare_blocks(causal_lm, checkpointing, execution.compile)
     if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
         stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.end_of_turn)

@@ -43,13 +43,14 @@ class ModelFlops:
 
 
 def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | None:
-    """None where the formula would be wrong: experts of which a token uses some, or a sliding window in use."""
+    """None where the formula would be wrong: experts of which a token uses some, or attention that is not full."""
     text_config = model.config.get_text_config()
     config = text_config.to_dict()
     has_experts = any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     window = config.get("sliding_window")
-    slides = "sliding_attention" in (config.get("layer_types") or []) and window and window < sequence_length
-    if has_experts or slides:
+    harmless = {"full_attention"} | ({"sliding_attention"} if window and window >= sequence_length else set())
+    slides_everywhere = "layer_types" not in config and window is not None and window < sequence_length
+    if has_experts or slides_everywhere or not harmless.issuperset(config.get("layer_types") or []):
         return None
     blocks = transformer_blocks(model)
     heads = text_config.num_attention_heads

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import MAY_CHANGE_ON_RESUME, PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import check_data_settings, load_rows
-from lacuna.data.stream import check_stream
+from lacuna.data.stream import check_stream, stream_fingerprint
 from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import (
@@ -46,40 +45,54 @@ def train(config: TrainingConfig, command: list[str]) -> None:
     command: what the user typed; shown as what resumes the run, and kept in the provenance.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    folder = Path(config.output_dir)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    folder = Path(config.output_dir).expanduser()
     refuse_foreign_folder(folder)
     with StopRequest() as stop, locked(folder):
+        if _is_finished(folder, config):
+            if (read_status(folder) or {}).get("state") != "finished":
+                write_status(folder, "finished", **_last_step(folder))
+            console.print(f"already finished: {folder / 'final'}")
+            return
         try:
-            _train(config, command, console, stop)
+            _train(config, folder, command, console, stop)
         except Interrupted as interruption:
             _finish_status(folder, "interrupted", str(interruption))
             raise Interrupted(
                 interruption.signal_number, f"{interruption}; go on with: {resume_command(config, command)}"
             ) from None
         except BaseException as error:
-            if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
                 error = RunError(problem + resume_command(config, command))
+            elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                error = RunError(_out_of_memory(config))
             _finish_status(folder, "failed", str(error) or type(error).__name__)
             raise error
 
 
 def _finish_status(folder: Path, state: str, reason: str) -> None:
-    status = read_status(folder) or {"step": 0, "total_steps": None}
     try:
-        write_status(folder, state, status["step"], status["total_steps"], reason=reason)
+        write_status(folder, state, **_last_step(folder), reason=reason)
     except OSError as error:
         print(f"status.json could not be written: {error}", file=sys.stderr)
 
 
-def _train(config: TrainingConfig, command: list[str], console: Console, stop: StopRequest) -> None:
-    folder = Path(config.output_dir)
-    finished = _check_folder(folder, config)
-    if finished:
-        console.print(f"already finished: {folder / 'final'}")
-        return
-    write_status(folder, "starting", 0, config.steps)
+def _last_step(folder: Path) -> dict[str, Any]:
+    status = read_status(folder) or {}
+    return {"step": status.get("step", 0), "total_steps": status.get("total_steps")}
+
+
+def _out_of_memory(config: TrainingConfig) -> str:
+    return (
+        f"out of memory: lower --micro-batch-size (now {config.micro_batch_size}), set --activation-checkpointing true "
+        f"(now {config.activation_checkpointing}), or start anew in another --output-dir with a smaller "
+        f"--sequence-length (now {config.sequence_length})"
+    )
+
+
+def _train(config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest) -> None:
+    write_status(folder, "starting", **_last_step(folder))
     device = choose_device(config.device)
     tokenizer, model_config, execution = _cheap_checks(
         lambda: load_tokenizer(config),
@@ -88,6 +101,7 @@ def _train(config: TrainingConfig, command: list[str], console: Console, stop: S
         lambda: check_data_settings(config),
         lambda: check_tracker(config),
         lambda: check_stream(config, console.print),
+        lambda: _check_resume_path(config),
     )[:3]
     renderer = Renderer(tokenizer)
     rows = validation_rows = None
@@ -104,7 +118,7 @@ def _train(config: TrainingConfig, command: list[str], console: Console, stop: S
             f"warmup takes {warmup_steps(config, total_steps)} of {total_steps} steps, so the learning rate would "
             "never reach its peak: lower --warmup-steps"
         )
-    fingerprint = rows.fingerprint() if rows is not None else None
+    fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     prepared = Prepared(
         folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint,
         _find_checkpoint(config, folder, fingerprint, str(execution.dtype), console),
@@ -131,7 +145,7 @@ def _cheap_checks(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _check_folder(folder: Path, config: TrainingConfig) -> bool:
+def _is_finished(folder: Path, config: TrainingConfig) -> bool:
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
     has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
     if not has_run:
@@ -158,8 +172,15 @@ def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], whose: st
         )
 
 
+def _check_resume_path(config: TrainingConfig) -> None:
+    if config.resume not in ("auto", "never") and not (Path(config.resume) / "manifest.json").is_file():
+        raise RunError(
+            f"resume {config.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)"
+        )
+
+
 def _find_checkpoint(
-    config: TrainingConfig, folder: Path, fingerprint: str | None, precision: str, console: Console
+    config: TrainingConfig, folder: Path, fingerprint: str, precision: str, console: Console
 ) -> Path | None:
     if config.resume == "never":
         return None
@@ -167,8 +188,7 @@ def _find_checkpoint(
         found = newest_whole(folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"))
     else:
         found = Path(config.resume)
-        reason = damage(found) if found.is_dir() else "there is no such folder"
-        if reason is not None:
+        if (reason := damage(found)) is not None:
             raise RunError(f"resume {found}: {reason}")
         newer = [path for path in folder.glob("checkpoints/step-*") if path.name > found.name]
         if newer:

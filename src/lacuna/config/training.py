@@ -100,12 +100,11 @@ class TrainingConfig(BaseModel):
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     evaluate_every: PositiveInt | None = None
-    """Steps between two validations, besides the first and the last; only a validated checkpoint can be the best.
-    Default: with each save."""
+    """Steps between two validations, besides the first and the last. Default: with each save."""
     save_every: PositiveInt = 500
     """Steps between two checkpoints, besides the last."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Checkpoints kept for their validation loss."""
+    """Checkpoints kept for their validation loss; those saved at a step without validation have none."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept."""
     final_weights: Literal["last", "best"] = "last"

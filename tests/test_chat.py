@@ -553,8 +553,8 @@ class TestUnusable:
                 total=9,
             )
         assert error.value.problems == [
-            "a:1: doubled BOS; 2 of 9 samples (also a:3): the text begins with the BOS token that the tokenizer adds too; "
-            "remove one",
+            "a:1: doubled BOS; 2 of 9 samples (also a:3): the text begins with the BOS token that the tokenizer adds "
+            "too; remove one",
             "a:2: control tokens in the text ('<s>' in the user's words); 1 of 9 samples: they would steer the model "
             "as if the template had written them; remove them",
         ]

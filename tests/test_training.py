@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Outcome, Process, Run, spawn
-from fixtures import make_model, write_texts
+from fixtures import make_model, write_chat, write_texts
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.checkpoint import damage
 
@@ -215,6 +215,38 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(
     resumed = Process(*shlex.split(stopped[2]))
     resumed.wait_until(lambda: f"resuming from {tmp_path}" in resumed.output())
     resumed.stop()
+
+
+def test_a_signal_in_the_middle_of_a_validation_changes_nothing(run: Run, settings: Settings, tmp_path: Path) -> None:
+    """The best checkpoint is the one at whose validation the run was stopped: its loss comes with the resume."""
+    validation = write_chat(tmp_path / "validation.jsonl", rows=1500, seed=3)
+    settings = {
+        **settings, "validation_share": "none", "validation_dataset": validation, "steps": 12, "save_every": 6,
+        "learning_rate": 3.0, "warmup_share": 0.6, "final_weights": "best", "keep_last": 1,
+    }  # fmt: skip
+    must(run("sft", **settings, output_dir=tmp_path / "straight"))
+    process = spawn("sft", **settings, output_dir=tmp_path / "stopped")
+    process.wait_until(lambda: any("loss" in line and line["step"] == 6 for line in read_metrics(tmp_path / "stopped")))
+    output = process.stop(signal.SIGTERM)
+    assert "stopped after step 6, which is saved" in output
+    assert {"step": 6} not in [{"step": line["step"]} for line in results(tmp_path / "stopped") if "loss" not in line]
+    must(run("sft", **settings, output_dir=tmp_path / "stopped"))
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_evaluate_every_may_be_rarer_than_saves(run: Run, settings: Settings, tmp_path: Path) -> None:
+    must(run("sft", **settings, evaluate_every=15, output_dir=tmp_path / "a"))
+    assert [line["step"] for line in results(tmp_path / "a") if "validation_loss" in line] == [0, 15, 20]
+
+
+def test_a_crash_before_the_first_checkpoint_leaves_no_line_twice(run: Run, settings: Settings, tmp_path: Path) -> None:
+    settings = {**settings, "save_every": 20}
+    process = spawn("sft", **settings, output_dir=tmp_path / "a")
+    process.wait_until(lambda: len(read_metrics(tmp_path / "a")) > 3)
+    process.stop()
+    must(run("sft", **settings, output_dir=tmp_path / "a"))
+    lines = [(line["step"], "loss" in line) for line in results(tmp_path / "a")]
+    assert len(lines) == len(set(lines))
 
 
 def test_a_signal_while_loading_stops_at_once(settings: Settings, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, sca
 
 @pytest.mark.parametrize("vocabulary", [11, 2**18])
 def test_chunked_loss_and_gradients_equal_the_plain_ones(vocabulary: int) -> None:
-    """2¹⁸ words make chunks of 128 tokens, so 300 tokens take three of them."""
+    """300 tokens take two chunks, the second one short."""
     torch.manual_seed(0)
     hidden = torch.randn(300, 8, requires_grad=True)
     weight = torch.randn(vocabulary, 8, requires_grad=True)

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**25}
+CPU_CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time on a CPU: measured the fastest of 64 to 1360, also in bf16."""
 ACCELERATOR_CHUNK_ELEMENTS = 2**27
-"""Logits that exist at one time: large enough for full matrix units, small beside the activations."""
+"""Logits that exist at one time elsewhere: large enough for full matrix units, small beside the activations."""
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -17,7 +18,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        chunk = max(CHUNK_ELEMENTS.get(hidden.device.type, ACCELERATOR_CHUNK_ELEMENTS) // weight.shape[0], 1)
+        on_cpu = hidden.device.type == "cpu"
+        chunk = CPU_CHUNK_TOKENS if on_cpu else max(ACCELERATOR_CHUNK_ELEMENTS // weight.shape[0], CPU_CHUNK_TOKENS)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

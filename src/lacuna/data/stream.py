@@ -80,6 +80,11 @@ def _windows(
     start = position or {"epoch": 0, "window": 0, "source": beginning}
     epoch, number, source = start["epoch"], start["window"], start["source"]
     enough = config.streaming_window * config.sequence_length
+
+    def window(samples: list[Sample]) -> tuple[PackedRows, Position]:
+        packed = pack_samples(samples, config.sequence_length, config.packing)
+        return packed, {"epoch": epoch, "window": number, "source": source}
+
     while True:
         examples = _stream_examples(config, source, report)
         samples: list[Sample] = []
@@ -93,12 +98,10 @@ def _windows(
             tokens += sum(len(sample.tokens) for sample in found)
             empty += sum(isinstance(text, Unusable) for text in texts)
             if tokens >= enough:
-                packed = pack_samples(samples, config.sequence_length, config.packing)
-                yield packed, {"epoch": epoch, "window": number, "source": source}
+                yield window(samples)
                 number, source, samples, tokens = number + 1, chunk[-1][1](), [], 0
         if samples:
-            packed = pack_samples(samples, config.sequence_length, config.packing)
-            yield packed, {"epoch": epoch, "window": number, "source": source}
+            yield window(samples)
             number += 1
         elif source == beginning:
             raise DataError(f"{config.dataset}: there is no text in it")

@@ -28,7 +28,7 @@ from lacuna.runs.folder import (
     write_provenance,
     write_status,
 )
-from lacuna.runs.metrics import read_metrics
+from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.train.checkpoint import damage, newest_whole, read_state
 from lacuna.train.loop import Prepared, make_loss_model, train_steps
 from lacuna.train.model import load_model, load_model_config, load_tokenizer, resolve_execution
@@ -107,9 +107,9 @@ def _train(config: TrainingConfig, folder: Path, command: list[str], console: Co
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:
         if config.validation_dataset is not None:
-            held_out = config.model_copy(update={"dataset": config.validation_dataset, "validation_dataset": None})
-            held_out = held_out.model_copy(update={"dataset_split": config.validation_split, "batch_size": 1})
-            validation_rows, _ = load_rows(held_out, renderer, console.print)
+            held_out = {"dataset": config.validation_dataset, "dataset_split": config.validation_split}
+            alone = {**held_out, "validation_dataset": None, "batch_size": 1}
+            validation_rows, _ = load_rows(config.model_copy(update=alone), renderer, console.print)
     else:
         rows, validation_rows = load_rows(config, renderer, console.print)
     total_steps = config.steps or math.ceil((config.epochs or 1) * len(rows or []) / config.batch_size)
@@ -218,8 +218,7 @@ def _check_disk(folder: Path, causal_lm: torch.nn.Module) -> None:
 
 
 def _summarise(folder: Path, console: Console) -> None:
-    losses = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
-    if losses:
+    if losses := list(validation_losses(folder).values()):
         console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
     console.print(f"model: {folder / 'final'}")
 

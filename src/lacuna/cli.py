@@ -1,5 +1,6 @@
 """Every command. Nothing here imports torch before a command needs it."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -180,6 +181,79 @@ def _origin(name: str, origins: dict[str, Layer]) -> str:
     if name not in origins:
         return "default"
     return flag_name(name) if origins[name].name == FLAGS else origins[name].where(name)
+
+
+SHOWN_RUNS = 20
+
+
+@lacuna.command(context_settings=HELP)
+@click.argument("experiment", metavar="EXPERIMENT.yaml")
+@click.option("--output", metavar="DIR", default="configs", show_default=True, help="Where the configs go.")
+@click.option("--force", is_flag=True, help="Replace the configs of another experiment there.")
+@click.option("--no-validate", is_flag=True, help="Write configs that nobody has checked.")
+@click.option(
+    "--paths",
+    type=click.Choice(["check", "skip"]),
+    default="check",
+    show_default=True,
+    help="skip: files that are missing here are notes, for runs on another machine.",
+)
+@click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def generate(
+    experiment: str,
+    output: str,
+    force: bool,
+    no_validate: bool,
+    paths: str,
+    torchtune_python: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Write a complete config for each run of an experiment, and run_mapping.yaml."""
+    from lacuna.experiment.generator import generate as write
+
+    done = write(
+        experiment,
+        output,
+        force=force,
+        validate=not no_validate,
+        check_paths=paths == "check",
+        torchtune_python=torchtune_python,
+    )
+    for note in done.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        click.echo(json.dumps({"output": done.output, "notes": done.notes, **done.mapping}, ensure_ascii=False))
+        return
+    click.echo(f"✓ Loaded base config: {done.base}")
+    click.echo(f"✓ Generated {len(done.runs)} config{'s' * (len(done.runs) != 1)} in {done.output.rstrip('/')}/")
+    for run in done.runs[:SHOWN_RUNS]:
+        settings = {**run.settings, **({"seed": run.seed} if run.seed is not None else {})}
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
+        click.echo(f"  - {os.path.join(done.output, run.id)}.yaml{f' ({shown})' if shown else ''}")
+    if len(done.runs) > SHOWN_RUNS:
+        click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
+    click.echo("✓ Created run_mapping.yaml")
+
+
+@lacuna.command(context_settings=HELP)
+@click.argument("pattern", default="")
+@click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
+    """List torchtune's configs: name, recipe, method, devices. PATTERN: part of a name, or with * and ?."""
+    from lacuna.experiment.torchtune import list_recipes
+
+    found = list_recipes(pattern, torchtune_python)
+    if not found:
+        raise ConfigError(f"no config of torchtune's matches {pattern!r}; `lacuna recipes` lists all")
+    rows = [(r.config, r.method, "several" if r.distributed else "one", r.recipe) for r in found]
+    rows.insert(0, ("config", "method", "devices", "recipe"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        click.echo("  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]))
 
 
 def run(command: click.Command) -> None:

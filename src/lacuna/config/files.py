@@ -6,64 +6,17 @@ A layer is one file or the command line. Later layers win; every value knows the
 import difflib
 import re
 import tomllib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 
 Config = TypeVar("Config", bound=BaseModel)
-
-YAML_1_2_TAGS = [f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")]
-YAML_1_2_SCALARS = [
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-]
-"""Tag, pattern and first characters of the YAML 1.2 core schema. # ref: https://yaml.org/spec/1.2.2/#103-core-schema"""
-
-
-class YamlLoader(yaml.CSafeLoader):
-    """PyYAML's safe C loader under YAML 1.2 rules: `3e-4` is a number, `on` and `1:30` are text, `010` is ten."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-    yaml_constructors = {  # noqa: RUF012
-        tag: yaml.CSafeLoader.yaml_constructors[tag] for tag in [*YAML_1_2_TAGS, None]
-    }
-    name: str
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        first_lines: dict[str, int] = {}
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{self.name}:{line}: a key is a name, not a list or a mapping")
-            if key_node.value in first_lines:
-                raise ConfigError(
-                    f"{self.name}:{line}: the key {key_node.value!r} is already on line "
-                    f"{first_lines[key_node.value]}: keep one of them"
-                )
-            first_lines[key_node.value] = line
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_integer(loader: YamlLoader, node: yaml.ScalarNode) -> int:
-    text = node.value
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
-
-
-for _tag, _pattern, _first in YAML_1_2_SCALARS:
-    YamlLoader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})$"), [c.strip("\0") for c in _first])
-YamlLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
 
 
 @dataclass(frozen=True)
@@ -96,7 +49,7 @@ def read_layer(path: str | Path) -> Layer:
         raise ConfigError(f"{path}: no such config file{did_you_mean(str(path), nearby)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return _parse_toml(path, text) if path.suffix == ".toml" else _parse_yaml(path, text)
+    return _parse_toml(path, text) if path.suffix == ".toml" else Layer(str(path), *parse_yaml(text, str(path)))
 
 
 def _parse_toml(path: Path, text: str) -> Layer:
@@ -118,36 +71,6 @@ def _parse_toml(path: Path, text: str) -> Layer:
         for end in [*(dot.start() for dot in re.finditer(r"\.", found)), len(found)]:
             lines.setdefault(found[:end], number)
     return Layer(str(path), values, lines)
-
-
-def _parse_yaml(path: Path, text: str) -> Layer:
-    try:
-        loader = YamlLoader(text)
-        loader.name = str(path)
-        root = loader.get_single_node()
-        values = loader.construct_document(root) if root is not None else {}
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of names to values, this is a {type(values).__name__}")
-    lines: dict[str, int] = {}
-    _note_lines(root, "", (), lines, str(path))
-    return Layer(str(path), {str(key): value for key, value in values.items()}, lines)
-
-
-def _note_lines(node: Any, prefix: str, above: tuple[Any, ...], lines: dict[str, int], name: str) -> None:
-    """Write the line of every key into lines. Raises ConfigError for a mapping that holds itself by an alias."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if any(value is parent for parent in (*above, node)):
-            raise ConfigError(f"{name}:{line}: {key.value!r} contains itself")
-        lines[f"{prefix}{key.value}"] = line
-        _note_lines(value, f"{prefix}{key.value}.", (*above, node), lines, name)
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
@@ -178,16 +101,23 @@ def merge_layers(
     return values, origins
 
 
-def check(model: type[Config], values: Mapping[str, Any], origins: Mapping[str, Layer]) -> Config:
-    """Build the config, or raise one ConfigError that lists every problem with its file and line."""
+def check(
+    model: type[Config], values: Mapping[str, Any], origins: Mapping[str, Layer], has_flags: bool = True
+) -> Config:
+    """Build the config, or raise one ConfigError that lists every problem with its file and line.
+
+    has_flags: whether a setting may also come as a flag, so that messages may say so.
+    """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = [line for details in error.errors() for line in _problem(model, details, origins).split("\n")]
+        problems = [
+            line for details in error.errors() for line in _problem(model, details, origins, has_flags).split("\n")
+        ]
         raise ConfigError(list(dict.fromkeys(problems))) from None
 
 
-def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer]) -> str:
+def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer], has_flags: bool) -> str:
     path = ".".join(str(part) for part in details["loc"])
     top = str(details["loc"][0]) if details["loc"] else ""
     where = f"{origins[top].where(path if path in origins[top].lines else top)}: " if top in origins else ""
@@ -196,7 +126,8 @@ def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer])
             return f"{where}unknown setting {path!r}{did_you_mean(path, list(model.model_fields))}"
         case "missing":
             sources = dict.fromkeys(layer.name for layer in origins.values() if layer.lines)
-            return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it, or pass {flag_name(path)}"
+            or_flag = f", or pass {flag_name(path)}" if has_flags else ""
+            return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it{or_flag}"
         case "value_error":
             return f"{where}{details['ctx']['error']}"
         case _:

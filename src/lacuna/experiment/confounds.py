@@ -1,0 +1,78 @@
+"""What changes between runs besides what the experiment varies. Nothing here is an error: it is said aloud."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lacuna.experiment.merge import MISSING, get
+from lacuna.experiment.schema import Experiment
+
+
+def find_confounds(experiment: Experiment, trainer: str, runs: Sequence[Mapping[str, Any]], gpus: int) -> list[str]:
+    """One sentence for each difference in budget or scale that a reader of the results should know of."""
+    if trainer == "torchtune":
+        return _torchtune(experiment, runs, gpus)
+    return _ours(runs)
+
+
+def _varies(runs: Sequence[Mapping[str, Any]], path: str) -> bool:
+    values = [get(run, path) for run in runs]
+    return any(value != values[0] for value in values)
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in sorted(values)))
+
+
+def _torchtune(experiment: Experiment, runs: Sequence[Mapping[str, Any]], gpus: int) -> list[str]:
+    notes = []
+    scales = [(get(run, "model.lora_alpha"), get(run, "model.lora_rank")) for run in runs]
+    ratios = {alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int)}
+    if _varies(runs, "model.lora_rank") and not _varies(runs, "model.lora_alpha") and len(ratios) > 1:
+        notes.append(
+            f"confound: lora_alpha is {scales[0][0]} in every run while lora_rank varies, so the adapter's scale "
+            "lora_alpha / lora_rank varies too; `derived: {lora_alpha: 2 * lora_rank}` keeps it"
+        )
+    effective = [_product(run, ("batch_size", "gradient_accumulation_steps"), gpus) for run in runs]
+    limited = any(get(run, "max_steps_per_epoch") not in (None, MISSING) for run in runs)
+    if None not in effective and len(set(effective)) > 1:
+        what = "samples seen" if limited else "optimizer steps per epoch"
+        notes.append(
+            f"confound: a step averages {_listed(effective)} samples (batch_size × gradient_accumulation_steps"
+            f"{f' × {gpus} devices' if gpus > 1 else ''}), so the {what} differ between runs"
+        )
+    packed = [path for path in ("dataset.packed", "dataloader.packed") if _varies(runs, path)]
+    if packed:
+        notes.append(f"confound: {packed[0]} varies; packing puts several samples in a row, so there are fewer steps")
+    elif _varies(runs, "tokenizer.max_seq_len"):
+        is_packed = any(get(run, "dataset.packed") is True for run in runs)
+        effect = "so do the samples in a packed row and the number of steps" if is_packed else "longer samples are cut"
+        notes.append(f"confound: max_seq_len varies; {effect}")
+    if experiment.seeds:
+        notes.append(
+            "seeds vary the adapters' start and dropout; torchtune's sampler shuffles by seed 0 in every run, so the "
+            "order of the data is the same"
+        )
+    return notes
+
+
+def _ours(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    tokens = [_product(run, ("batch_size", "sequence_length"), 1) for run in runs]
+    limited = any(run.get("steps") is not None for run in runs)
+    notes = []
+    if None not in tokens and len(set(tokens)) > 1:
+        what = "tokens seen" if limited else "optimizer steps"
+        notes.append(
+            f"confound: a step holds {_listed(tokens)} tokens (batch_size × sequence_length), so the {what} differ"
+        )
+    if _varies(runs, "packing"):
+        notes.append("confound: packing varies; it puts several documents in a row, so there are fewer steps")
+    return notes
+
+
+def _product(run: Mapping[str, Any], paths: Sequence[str], factor: int) -> int | None:
+    for path in paths:
+        value = get(run, path)
+        if type(value) is not int:
+            return None
+        factor *= value
+    return factor

@@ -1,0 +1,265 @@
+"""From an experiment file to every run's config, in memory: names to places, values to runs. Pure but for the base."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lacuna.config.files import Layer, check, did_you_mean, merge_layers
+from lacuna.config.training import ALTERNATIVES, TRAINERS
+from lacuna.errors import ConfigError
+from lacuna.experiment.confounds import find_confounds
+from lacuna.experiment.loaders import Base, load_base
+from lacuna.experiment.merge import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
+from lacuna.experiment.parameters import expects_whole_number, find_path, parameters, place, value_problem
+from lacuna.experiment.schema import Experiment, read_experiment
+from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in
+
+
+@dataclass(frozen=True)
+class Run:
+    """settings: what varies, under the user's names, without the seed. values: the whole config."""
+
+    id: str
+    settings: Settings
+    seed: int | None
+    values: Values
+    output_dir: str | None
+
+
+@dataclass(frozen=True)
+class Design:
+    """touched: the paths that the experiment sets, whatever the run. notes: to be said aloud."""
+
+    experiment: Experiment
+    base: Base
+    runs: list[Run]
+    touched: list[str]
+    notes: list[str]
+
+
+Places = dict[tuple[str, str], str]
+"""(section of the experiment, name there) to the path of the config that it sets."""
+
+
+def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None = None) -> Design:
+    """Every run of an experiment. Raises ConfigError with all problems of the experiment file."""
+    experiment, layer = read_experiment(source)
+    base = load_base(experiment, layer, torchtune_python)
+    values = _with_deletions(experiment, base, layer)
+    places, touched = _find_places(experiment, base.trainer, values, layer)
+    combined = _kept(experiment)
+    width = max(3, len(str(len(combined) - 1)))
+    builder = _Builder(experiment, base.trainer, values, places, layer)
+    problems: dict[str, None] = {}
+    runs = []
+    for index, varied in enumerate(combined):
+        try:
+            runs.append(builder.run(f"run_{index:0{width}d}", varied))
+        except (ConfigError, ValueError) as error:
+            found = error.problems if isinstance(error, ConfigError) else [f"{layer.name}: {error}"]
+            problems.update(dict.fromkeys(found))
+    problems.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs)))
+    if problems:
+        raise ConfigError(list(problems))
+    notes = [*base.notes, *find_confounds(experiment, base.trainer, [run.values for run in runs], base.gpus)]
+    return Design(experiment, base, runs, touched, notes)
+
+
+class _Builder:
+    """What all runs of an experiment share, worked out once."""
+
+    def __init__(self, experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> None:
+        self.experiment, self.trainer, self.base, self.places, self.layer = experiment, trainer, base, places, layer
+        controls: Values = {}
+        for name, value in experiment.controls.items():
+            if not name.startswith("~"):
+                controls = merge(controls, nested(places["controls", name], value))
+        self.controls = controls
+        self.settled = merge(base, controls)
+        self.texts = [(path, value) for path, value in leaves(controls) if "{" in str(value)]
+        known = {name: get(self.settled, path) for name, spec in parameters(trainer).items() for path in spec.paths}
+        self.known = {
+            **{path: value for path, value in leaves(self.settled) if isinstance(value, int | float)},
+            **{name: value for name, value in known.items() if isinstance(value, int | float)},
+        }
+        """Numbers that derived values may name though nothing here sets them."""
+        scalars = {
+            name.removeprefix("+"): value
+            for name, value in experiment.controls.items()
+            if not isinstance(value, dict | list) and not name.startswith("~")
+        }
+        self.fixed = {"experiment_name": experiment.experiment_name, **scalars}
+        varying = [*experiment.variables, *(experiment.paired or [{}])[0], *(["seed"] * bool(experiment.seeds))]
+        self.varying = {name.removeprefix("+") for name in varying}
+        self.lines = {
+            path: line for (section, name), path in places.items() if (line := layer.lines.get(f"{section}.{name}"))
+        }
+
+    def run(self, id: str, varied: Settings) -> Run:
+        names = {**self.fixed, **{name.removeprefix("+"): value for name, value in varied.items()}}
+        override: Values = {}
+        for name, expression in self.experiment.derived.items():
+            path = self.places["derived", name]
+            result = self._derive(name, path, expression, names)
+            names[name.removeprefix("+")] = result
+            override = merge(override, nested(path, result))
+        seeded = bool(self.experiment.seeds)
+        for name, value in varied.items():
+            section = (
+                "seeds" if name == "seed" and seeded else "variables" if name in self.experiment.variables else "paired"
+            )
+            override = merge(override, nested(self.places[section, name], value))
+        texts = [*self.texts, *((path, value) for path, value in leaves(override) if "{" in str(value))]
+        for path, value in texts:
+            if path != "output_dir" and get(override, path) in (MISSING, value):
+                override = merge(override, nested(path, _filled(value, names)))
+        override, output_dir = self._own_folder(id, override, names)
+        seed = varied["seed"] if seeded else None
+        settings = {name.removeprefix("+"): value for name, value in varied.items() if not (seeded and name == "seed")}
+        return Run(id, settings, seed, self._complete(override), output_dir)
+
+    def _derive(self, name: str, path: str, expression: str, names: Settings) -> Any:
+        """Raises ValueError where the arithmetic fails, or gives what stands for nothing at that path."""
+        result = evaluate(expression, {**self.known, **names})
+        if isinstance(result, float) and result.is_integer() and expects_whole_number(self.trainer, path):
+            result = int(result)
+        conflict = next((how for _, how in type_conflicts(self.base, nested(path, result))), None)
+        if wrong := value_problem(self.trainer, path, result) or conflict:
+            raise ValueError(f"derived {name!r}: {expression!r} gives {wrong}")
+        return result
+
+    def _own_folder(self, id: str, override: Values, names: Settings) -> tuple[Values, str | None]:
+        """Each run writes below the experiment's output_dir, or where the user's text with its names says."""
+        given = get(merge(self.settled, override), "output_dir")
+        if not isinstance(given, str):
+            return override, None
+        is_own = "output_dir" in self.varying or names_in(given) & {*self.varying, *self.experiment.derived}
+        folder = fill(given, names, in_path=True)
+        folder = folder if is_own else f"{folder.rstrip('/')}/{id}"
+        return merge(override, {"output_dir": folder}), folder
+
+    def _complete(self, override: Values) -> Values:
+        """The whole config: torchtune's as it is, ours checked and with every default written out."""
+        if self.trainer == "torchtune":
+            return merge(self.settled, override)
+        layers = [
+            Layer("the base config", self.base),
+            Layer(self.layer.name, self.controls, self.lines),
+            Layer(self.layer.name, override, self.lines),
+        ]
+        config = check(TRAINERS[self.trainer], *merge_layers(layers, ALTERNATIVES), has_flags=False)
+        dumped = {name: value for name, value in config.model_dump().items() if value is not None}
+        return {"trainer": self.trainer, **dumped}
+
+
+def _filled(value: Any, names: Settings) -> Any:
+    if isinstance(value, list):
+        return [_filled(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, names) for key, item in value.items()}
+    return fill(value, names) if isinstance(value, str) else value
+
+
+def _collisions(trainer: str, runs: list[Run]) -> list[str]:
+    """Runs that would write into one folder, or into each other's."""
+    owners: dict[str, str] = {}
+    problems = []
+    for run in runs:
+        folder = os.path.normpath(run.output_dir) if run.output_dir is not None else run.id
+        if folder in owners:
+            problems.append(f"output_dir: {owners[folder]} and {run.id} share {folder}: name all that varies in it")
+        owners.setdefault(folder, run.id)
+    for folder, id in owners.items():
+        above = next((str(parent) for parent in Path(folder).parents if str(parent) in owners), None)
+        if above is not None and above != folder:
+            problems.append(f"output_dir: the folder of {id}, {folder}, lies in that of {owners[above]}")
+    for path, value in leaves(runs[0].values) if trainer == "torchtune" and len(runs) > 1 else []:
+        is_folder = path.endswith((".output_dir", ".log_dir")) and isinstance(value, str) and "${" not in value
+        if is_folder and all(get(run.values, path) == value for run in runs):
+            problems.append(
+                f"{path} is {value} for every run: write ${{output_dir}} there, such as ${{output_dir}}/logs"
+            )
+    return problems
+
+
+def _with_deletions(experiment: Experiment, base: Base, layer: Layer) -> Values:
+    """The base less what controls delete by `~path`. Raises ConfigError for what is not there."""
+    values = dict(base.values)
+    problems = []
+    for name, value in experiment.controls.items():
+        if not name.startswith("~"):
+            continue
+        path, missing = find_path(name[1:], base.trainer, values)
+        where = layer.where(f"controls.{name}")
+        if value is not None:
+            problems.append(f"{where}: {name!r} deletes, so its value is null, not {value!r}")
+        elif missing or get(values, path) is MISSING:
+            problems.append(f"{where}: nothing to delete at {name[1:]!r}: {missing or 'the config does not set it'}")
+        else:
+            values = without(values, path)
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def _find_places(experiment: Experiment, trainer: str, base: Values, layer: Layer) -> tuple[Places, list[str]]:
+    """Where everything that the experiment sets is read, and all paths that it sets.
+
+    Raises ConfigError with all unknown names, wrong values, and paths that are set twice.
+    """
+    problems: list[str] = []
+    places: Places = {}
+    owners: dict[str, str] = {}
+    for section, names in _sections(experiment).items():
+        for name, values in names.items():
+            here = f"{section}.{name}"
+            where = layer.where(here if here in layer.lines else section)
+            path, wrong = place(trainer, base, name, values)
+            places[section, name] = path
+            set_here = dict.fromkeys(leaf for value in values for leaf, _ in leaves(nested(path, value))) or [path]
+            for leaf in set_here:
+                if rival := _rival(leaf, owners):
+                    wrong.append(f"{here} and {owners[rival]} both set {rival}: keep one of them")
+            owners.update(dict.fromkeys(set_here, here))
+            problems += [f"{where}: {problem}" for problem in wrong]
+    problems += [f"{layer.where('exclude')}: {problem}" for problem in _wrong_exclusions(experiment)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return places, sorted(owners)
+
+
+def _sections(experiment: Experiment) -> dict[str, dict[str, list[Any]]]:
+    """Every name that an experiment sets, with its values, by the section it stands in."""
+    return {
+        "controls": {name: [value] for name, value in experiment.controls.items() if not name.startswith("~")},
+        "derived": {name: [] for name in experiment.derived},
+        "variables": dict(experiment.variables),
+        "paired": {name: [entry[name] for entry in experiment.paired] for name in (experiment.paired or [{}])[0]},
+        "seeds": {"seed": list(experiment.seeds)} if experiment.seeds else {},
+    }
+
+
+def _rival(leaf: str, owners: Mapping[str, str]) -> str | None:
+    """A path already set that is this one, stands above it, or below it."""
+    return next((other for other in prefixes(leaf) if other in owners), None) or next(
+        (other for other in owners if other.startswith(f"{leaf}.")), None
+    )
+
+
+def _wrong_exclusions(experiment: Experiment) -> list[str]:
+    everything = list(combinations(experiment.variables, experiment.paired, experiment.seeds))
+    problems = []
+    for index, entry in enumerate(experiment.exclude, 1):
+        unknown = [name for name in entry if name not in everything[0]]
+        problems += [f"entry {index}: {name!r} does not vary{did_you_mean(name, [*everything[0]])}" for name in unknown]
+        if not unknown and not any(matches(run, entry) for run in everything):
+            problems.append(f"entry {index} fits no run")
+    return problems or ([] if _kept(experiment) else ["it leaves no run"])
+
+
+def _kept(experiment: Experiment) -> list[Settings]:
+    """The combinations that exclude leaves."""
+    everything = combinations(experiment.variables, experiment.paired, experiment.seeds)
+    return [run for run in everything if not any(matches(run, entry) for entry in experiment.exclude)]

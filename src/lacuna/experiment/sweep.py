@@ -1,0 +1,80 @@
+"""The runs of an experiment: every combination once, derived values, names in texts. Pure."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from simpleeval import InvalidExpression, SimpleEval
+
+from lacuna.config.files import did_you_mean
+
+Settings = dict[str, Any]
+NAME_IN_TEXT = re.compile(r"(?<![${])\{([A-Za-z_][\w.]*)\}(?!\})")
+"""`{lora_rank}`; `${output_dir}` is OmegaConf's, `{{ … }}` a template's."""
+FUNCTIONS = {"sqrt": math.sqrt, "log": math.log, "log2": math.log2, "min": min, "max": max, "round": round, "int": int}
+
+
+def combinations(
+    variables: Mapping[str, Sequence[Any]], paired: Sequence[Settings], seeds: Sequence[int]
+) -> Iterator[Settings]:
+    """The full product, the first variable slowest; paired settings move as one, seeds fastest."""
+    factors = [[{name: value} for value in values] for name, values in variables.items()]
+    factors += [list(paired)] * bool(paired) + [[{"seed": seed} for seed in seeds]] * bool(seeds)
+    for parts in itertools.product(*factors):
+        yield {name: value for part in parts for name, value in part.items()}
+
+
+def matches(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether a run agrees with all settings of an exclude entry."""
+    return all(name in settings and settings[name] == value for name, value in entry.items())
+
+
+def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
+    """Arithmetic over names. Raises ValueError: no arithmetic, an unknown name, or no finite number as its result.
+
+    A dotted name is looked up whole, as `optimizer.lr`.
+    """
+    aliases = {name: f"name_{index}" for index, name in enumerate(sorted(names, key=len, reverse=True))}
+    words = re.sub(r"(?<![\w.])[A-Za-z_][\w.]*", lambda word: aliases.get(word[0], word[0]), expression)
+    evaluator = SimpleEval(functions=FUNCTIONS, names={alias: names[name] for name, alias in aliases.items()})
+    try:
+        result = evaluator.eval(words)
+    except (InvalidExpression, SyntaxError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        shown = re.sub(r"name_(\d+)", lambda word: next(n for n, a in aliases.items() if a == word[0]), str(error))
+        raise ValueError(f"{expression!r} cannot be worked out: {shown}") from None
+    if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
+        raise ValueError(f"{expression!r} gives {result}")
+    return result
+
+
+def fill(text: str, names: Mapping[str, Any], in_path: bool = False) -> str:
+    """Put the values of known names for `{name}`; other braces stay as they are.
+
+    in_path: every name must be known, and a value is one folder name: its slashes become underscores.
+    Raises ValueError for a name that stands for a list or a mapping, one that is nearly a known one, and, in a path,
+    an unknown one or a value that is no folder name.
+    """
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in names:
+            hint = did_you_mean(name, list(names))
+            if hint or in_path:
+                raise ValueError(f"{text!r}: {{{name}}} is unknown{hint}; known: {', '.join(names)}")
+            return found[0]
+        value = names[name]
+        if isinstance(value, dict | list):
+            raise ValueError(f"{text!r}: {{{name}}} is no single value, but {value!r}")
+        written = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        if in_path and written.replace("/", "_") in ("", ".", ".."):
+            raise ValueError(f"{text!r}: {{{name}}} is {written!r}, which is no folder name")
+        return written.replace("/", "_") if in_path else written
+
+    return NAME_IN_TEXT.sub(value_of, text) if "{" in text else text
+
+
+def names_in(text: str) -> set[str]:
+    """The names that a text asks for."""
+    return {found[1] for found in NAME_IN_TEXT.finditer(text)}

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench
+.PHONY: install torchtune quickstart test lint bench
 
 install: .venv/installed
 
@@ -11,13 +11,20 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,track,bench,dev]'
 	touch $@
 
+torchtune: .venv-torchtune/installed
+
+.venv-torchtune/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-torchtune
+	.venv-torchtune/bin/pip install --quiet --disable-pip-version-check --editable '.[torchtune]'
+	touch $@
+
 quickstart: install
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/pretrain @ examples/quickstart/pretrain.toml
 	$(BIN)/sft @ examples/quickstart/sft.toml
 	$(BIN)/python examples/quickstart/evaluate.py
 
-test: install
+test: install torchtune
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: install

@@ -72,7 +72,9 @@ class TorchtuneConfigBuilder:
         Raises ConfigError for what the config has no place for (`+name` adds it all the same) and for a value of
         another kind; nothing is changed then.
         """
-        values, problems, touched = self._values, [], set()
+        values = self._values
+        problems: list[str] = []
+        touched: set[str] = set()
         for name, value in overrides.items():
             path, wrong = place("torchtune", values, name, [value])
             problems += wrong
@@ -214,7 +216,7 @@ class TorchtuneConfigBuilder:
         """Set LoRA's rank and alpha together (scientific); the adapter is scaled by alpha / rank."""
         for value, name in ((rank, "rank"), (alpha, "alpha")):
             _expect(value, int, name)
-        return self.override({"model": {"lora_rank": _positive(rank, "rank"), "lora_alpha": _positive(alpha, "alpha")}})
+        return self.override({"lora_rank": _positive(rank, "rank"), "lora_alpha": _positive(alpha, "alpha")})
 
     def with_gradient_accumulation_steps(self, steps: int) -> Self:
         """Set the forward passes that one optimizer step averages (scientific)."""

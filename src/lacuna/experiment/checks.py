@@ -57,6 +57,8 @@ def _our_data(values: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
+    if isinstance(dtype := values.get("dtype"), str) and dtype not in ("bf16", "fp16", "fp32"):
+        yield Problem("", "dtype", f"is {dtype!r}, which torchtune does not know", "write bf16 or fp32")
     for section, node in values.items():
         if isinstance(node, dict) and section.endswith("checkpointer"):
             yield from _checkpointer(values, section, node)

@@ -68,7 +68,7 @@ TORCHTUNE: dict[str, Parameter] = {
         "several samples in a row. Called engineering elsewhere, but it changes how many samples make a step",
     ),
     "dtype": _at(
-        "dtype", SCIENTIFIC, Literal["bf16", "fp16", "fp32"],
+        "dtype", SCIENTIFIC, str,
         "called engineering elsewhere, but bf16 and fp32 end in different weights",
     ),
     "optimizer_in_bwd": _at("optimizer_in_bwd", SCIENTIFIC, bool, "no gradient clipping or accumulation then"),

@@ -7,6 +7,7 @@ It can import torchtune and what torchtune needs, but not lacuna.
 import ast
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -32,6 +33,7 @@ GONE = {
     "writes Alpaca's format itself",
 }
 NO_FP16 = re.compile(r"fp16 \w+ is not supported")
+LACKS = "torchtune's environment lacks"
 Found = tuple[str, str, str]
 """Path, what, what to do."""
 
@@ -47,11 +49,16 @@ def locate(path: str) -> Any:
     try:
         found = pydoc.locate(path)
     except pydoc.ErrorDuringImport as error:
+        if isinstance(error.value, ModuleNotFoundError):
+            return ImportError(f"needs {error.value.name}, which {LACKS}")
         return ImportError(f"cannot be imported: {error.value}")
     if found is None:
         parent, _, name = path.rpartition(".")
-        module = pydoc.locate(parent) if parent and not isinstance(locate(parent), ImportError) else None
-        hint = GONE.get(name) or nearest(name, dir(module) if module else [])
+        try:
+            siblings = dir(importlib.import_module(parent))
+        except (ImportError, ValueError):
+            siblings = []
+        hint = GONE.get(name) or nearest(name, siblings)
         return ImportError(f"does not exist{'; ' + hint if name in GONE else hint}")
     return found if callable(found) else ImportError("is not callable")
 
@@ -119,7 +126,7 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
         yield here, f"{name} {found}", "write the path of something that torchtune's environment can import"
         return
     if (package := PACKAGES.get(name.rpartition(".")[2])) and importlib.util.find_spec(package) is None:
-        yield here, f"{name} needs {package}, which torchtune's environment lacks", f"pip install {package} there"
+        yield here, f"{name} needs {package}, which {LACKS}", f"pip install {package} there"
     section = re.sub(r"^\w+_(checkpointer)$", r"\1", path)
     is_dataset = path == "dataset" or bool(re.fullmatch(r"datasets?\.\d+", path))
     known = signature(name).parameters
@@ -304,7 +311,7 @@ def main() -> None:
     problems = []
     for run in request["runs"]:
         for path, what, todo in check_run(request["packages"], run, request["shipped"]):
-            is_local = "torchtune's environment lacks" in what
+            is_local = LACKS in what
             problems.append({"run": run["id"], "path": path, "what": what, "todo": todo, "is_local": is_local})
     print(json.dumps(problems), file=answer)
 

@@ -243,17 +243,17 @@ def generate(
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
-    """List torchtune's configs: name, recipe, method, devices. PATTERN: part of a name, or with * and ?."""
+    """List torchtune's configs: name, model, method, devices, recipe. PATTERN: part of a name, or with * and ?."""
     from lacuna.experiment.torchtune import list_recipes
 
     found = list_recipes(pattern, torchtune_python)
     if not found:
         raise ConfigError(f"no config of torchtune's matches {pattern!r}; `lacuna recipes` lists all")
-    rows = [(r.config, r.method, "several" if r.distributed else "one", r.recipe) for r in found]
-    rows.insert(0, ("config", "method", "devices", "recipe"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    rows = [(r.config, r.model, r.method, "several" if r.distributed else "one", r.recipe) for r in found]
+    rows.insert(0, ("config", "model", "method", "devices", "recipe"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        click.echo("  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]))
+        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def run(command: click.Command) -> None:

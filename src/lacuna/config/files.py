@@ -129,7 +129,7 @@ def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer],
             or_flag = f", or pass {flag_name(path)}" if has_flags else ""
             return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it{or_flag}"
         case "value_error":
-            return f"{where}{details['ctx']['error']}"
+            return "\n".join(f"{where}{line}" for line in str(details["ctx"]["error"]).split("\n"))
         case _:
             given = details["input"]
             return f"{where}{top!r} is {given!r} ({type(given).__name__}): {without_subject(details['msg'])}"

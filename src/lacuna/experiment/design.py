@@ -47,22 +47,22 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
     """Every run of an experiment. Raises ConfigError with all problems of the experiment file."""
     experiment, layer = read_experiment(source)
     base = load_base(experiment, layer, torchtune_python)
-    values = _with_deletions(experiment, base, layer)
-    places, touched = _find_places(experiment, base.trainer, values, layer)
+    values, problems = _with_deletions(experiment, base, layer)
+    places, touched = _find_places(experiment, base.trainer, values, layer, problems)
     combined = _kept(experiment)
     width = max(3, len(str(len(combined) - 1)))
     builder = _Builder(experiment, base.trainer, values, places, layer)
-    problems: dict[str, None] = {}
+    wrong: dict[str, None] = {}
     runs = []
     for index, varied in enumerate(combined):
         try:
             runs.append(builder.run(f"run_{index:0{width}d}", varied))
         except (ConfigError, ValueError) as error:
             found = error.problems if isinstance(error, ConfigError) else [f"{layer.name}: {error}"]
-            problems.update(dict.fromkeys(found))
-    problems.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs)))
-    if problems:
-        raise ConfigError(list(problems))
+            wrong.update(dict.fromkeys(found))
+    wrong.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs)))
+    if wrong:
+        raise ConfigError(list(wrong))
     notes = [*base.notes, *find_confounds(experiment, base.trainer, [run.values for run in runs], base.gpus)]
     return Design(experiment, base, runs, touched, notes)
 
@@ -184,32 +184,32 @@ def _collisions(trainer: str, runs: list[Run]) -> list[str]:
     return problems
 
 
-def _with_deletions(experiment: Experiment, base: Base, layer: Layer) -> Values:
-    """The base less what controls delete by `~path`. Raises ConfigError for what is not there."""
+def _with_deletions(experiment: Experiment, base: Base, layer: Layer) -> tuple[Values, list[str]]:
+    """The base less what controls delete by `~path`, and what is wrong with that."""
     values = dict(base.values)
     problems = []
     for name, value in experiment.controls.items():
+        path = find_path(f"+{name[1:]}", base.trainer, values)[0]
+        where = f"{layer.where(f'controls.{name}')}: {name!r}"
         if not name.startswith("~"):
             continue
-        path, missing = find_path(name[1:], base.trainer, values)
-        where = layer.where(f"controls.{name}")
         if value is not None:
-            problems.append(f"{where}: {name!r} deletes, so its value is null, not {value!r}")
-        elif missing or get(values, path) is MISSING:
-            problems.append(f"{where}: nothing to delete at {name[1:]!r}: {missing or 'the config does not set it'}")
+            problems.append(f"{where} deletes, so its value is null, not {value!r}")
+        elif get(values, path) is MISSING:
+            hint = did_you_mean(path, [leaf for leaf, _ in leaves(values)])
+            problems.append(f"{where}: the base config has nothing to delete there{hint}")
         else:
             values = without(values, path)
-    if problems:
-        raise ConfigError(problems)
-    return values
+    return values, problems
 
 
-def _find_places(experiment: Experiment, trainer: str, base: Values, layer: Layer) -> tuple[Places, list[str]]:
+def _find_places(
+    experiment: Experiment, trainer: str, base: Values, layer: Layer, problems: list[str]
+) -> tuple[Places, list[str]]:
     """Where everything that the experiment sets is read, and all paths that it sets.
 
-    Raises ConfigError with all unknown names, wrong values, and paths that are set twice.
+    Raises ConfigError with the problems so far, all unknown names, wrong values, and paths that are set twice.
     """
-    problems: list[str] = []
     places: Places = {}
     owners: dict[str, str] = {}
     for section, names in _sections(experiment).items():
@@ -253,10 +253,12 @@ def _wrong_exclusions(experiment: Experiment) -> list[str]:
     problems = []
     for index, entry in enumerate(experiment.exclude, 1):
         unknown = [name for name in entry if name not in everything[0]]
-        problems += [f"entry {index}: {name!r} does not vary{did_you_mean(name, [*everything[0]])}" for name in unknown]
+        problems += [
+            f"exclude, entry {index}: {name!r} does not vary{did_you_mean(name, [*everything[0]])}" for name in unknown
+        ]
         if not unknown and not any(matches(run, entry) for run in everything):
-            problems.append(f"entry {index} fits no run")
-    return problems or ([] if _kept(experiment) else ["it leaves no run"])
+            problems.append(f"exclude, entry {index} fits no run")
+    return problems or ([] if _kept(experiment) else ["exclude leaves no run"])
 
 
 def _kept(experiment: Experiment) -> list[Settings]:

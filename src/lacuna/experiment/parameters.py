@@ -145,6 +145,9 @@ def value_problem(trainer: str, path: str, value: Any) -> str | None:
     return None
 
 
+ADVICE = "; to replace it by another kind, delete it by '~path: null' and add it by '+path'"
+
+
 def place(trainer: str, base: Mapping[str, Any], name: str, values: Sequence[Any]) -> tuple[str, list[str]]:
     """The path of a name, and what is wrong with it or with its values: an unknown name, a value of another kind, or
     a nested key that the base lacks."""
@@ -154,14 +157,13 @@ def place(trainer: str, base: Mapping[str, Any], name: str, values: Sequence[Any
     problems: dict[str, None] = {}
     for value in values:
         given = nested(path, value)
-        conflicts = [f"{where} {how}" for where, how in type_conflicts(base, given)] if trainer == "torchtune" else []
-        advice = "; to replace it by another kind, delete it by '~path: null' and add it by '+path'"
-        found = [f"{conflict}{advice}" for conflict in conflicts]
-        for leaf, item in leaves(given):
-            if not found and (wrong := value_problem(trainer, leaf, item)):
-                found.append(f"{name!r} is {wrong}")
-            if not name.startswith("+") and leaf != path and (unknown := _unknown_key(trainer, base, leaf)):
-                found.append(unknown)
+        found = [
+            f"{name!r} is {wrong}" for leaf, item in leaves(given) if (wrong := value_problem(trainer, leaf, item))
+        ]
+        if not found and trainer == "torchtune":
+            found = [f"{where} {how}{ADVICE}" for where, how in type_conflicts(base, given)]
+        inside = [leaf for leaf, _ in leaves(given) if leaf != path and not name.startswith("+")]
+        found += [unknown for leaf in inside if (unknown := _unknown_key(trainer, base, leaf))]
         problems.update(dict.fromkeys(found))
     return path, list(problems)
 

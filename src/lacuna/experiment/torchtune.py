@@ -33,7 +33,11 @@ import importlib.util, importlib.metadata, json
 spec = importlib.util.find_spec("torchtune")
 print(json.dumps(spec and [spec.origin, importlib.metadata.version("torchtune")]))
 """
-METHODS = {"qlora": "QLoRA", "qdora": "QDoRA", "dora": "DoRA", "lora": "LoRA"}
+METHODS = {
+    "qlora": "QLoRA", "qdora": "QDoRA", "dora": "DoRA", "lora": "LoRA", "full": "full", "dpo": "DPO", "ppo": "PPO",
+    "kd": "distillation", "qat": "QAT", "exit": "early exit",
+}  # fmt: skip
+TASKS = {"eleuther_eval": "evaluation", "quantize": "quantization"}
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,17 @@ class Recipe:
     distributed: bool
 
     @property
+    def model(self) -> str:
+        """`llama3_2 1B`; a config for no certain size has its family alone, or nothing."""
+        family, _, rest = self.config.rpartition("/")
+        size = rest.partition("_KD")[0] if "_KD" in rest else rest.partition("_")[0]
+        return f"{family} {size}".strip() if size[:1].isdigit() or size == "mini" else family
+
+    @property
     def method(self) -> str:
         """LoRA, QLoRA, DoRA, full, …, and what it is for where that is not plain fine-tuning."""
         words = self.config.lower().replace("/", "_").split("_")
-        purposes = {"dpo": "DPO", "ppo": "PPO", "kd": "distillation", "qat": "QAT", "exit": "early exit"}
-        purpose = next((text for word, text in purposes.items() if word in words), "")
-        base = next((text for word, text in METHODS.items() if word in words), "full" if "full" in words else "")
-        return f"{base} {purpose}".strip() or self.recipe.removeprefix("dev/").split("_")[0]
+        return " ".join(text for word, text in METHODS.items() if word in words) or TASKS.get(self.recipe, "generation")
 
 
 def find_environment(python: str | None) -> Environment | None:

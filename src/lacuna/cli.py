@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args, get_origin
@@ -236,6 +237,7 @@ def generate(
     if len(done.runs) > SHOWN_RUNS:
         click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
     click.echo("✓ Created run_mapping.yaml")
+    click.echo(f"start one: {shlex.join(done.command)}", err=True)
 
 
 @lacuna.command(context_settings=HELP)

@@ -104,7 +104,7 @@ def summarise(problems: Sequence[Problem]) -> list[str]:
 
 
 def _span(ids: Sequence[str]) -> str:
-    return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more, to {ids[-1]}"
+    return ids[0] if len(ids) == 1 else f"{len(ids)} runs ({ids[0]} … {ids[-1]})"
 
 
 def _report_file(output: Path) -> tuple[Path, str]:

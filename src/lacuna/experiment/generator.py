@@ -14,10 +14,11 @@ from lacuna.experiment.design import Design, Run, design
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` wrote, and what it has to say. mapping: what run_mapping.yaml holds."""
+    """What `generate` wrote, and what it has to say. command: starts the first run. mapping: run_mapping.yaml's."""
 
     output: str
     base: str
+    command: list[str]
     runs: list[Run]
     notes: list[str]
     mapping: dict[str, Any] = field(repr=False)
@@ -54,7 +55,15 @@ def generate(
     notes += folder.summarise(forgiven)
     if not validate:
         notes.append("the configs were not validated (--no-validate)")
-    return Generated(str(output), planned.base.name, planned.runs, notes, mapping)
+    first = str(output / f"{planned.runs[0].id}.yaml")
+    return Generated(str(output), planned.base.name, _command(planned, first), planned.runs, notes, mapping)
+
+
+def _command(planned: Design, config: str) -> list[str]:
+    base = planned.base
+    if base.trainer == "torchtune":
+        return torchtune.command(base.environment, base.recipe, base.gpus, config)
+    return [base.trainer, "@", config]
 
 
 def check_design(planned: Design, stage: Path) -> list[Problem]:

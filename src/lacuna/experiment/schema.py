@@ -14,7 +14,7 @@ Named = Annotated[str, Field(min_length=1)]
 class Experiment(BaseModel):
     """One question asked of N runs: the full product of the variables over one base config."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
 
     experiment_name: Named
     """Names the experiment in mapping and report."""

@@ -185,6 +185,13 @@ def nearest_recipe(environment: Environment, values: dict[str, Any], gpus: int |
     return max(candidates, key=likeness)
 
 
+def command(environment: Environment | None, recipe: str | None, gpus: int, config: str) -> list[str]:
+    """What starts a run: `tune run`, with a process for each device where there are several."""
+    tune = str(Path(environment.python).with_name("tune")) if environment else "tune"
+    processes = ["--nproc_per_node", str(gpus)] if gpus > 1 else []
+    return [tune, "run", *processes, recipe or "RECIPE", "--config", config]
+
+
 def validate(environment: Environment, runs: list[dict[str, Any]], shipped: bool) -> list[Problem]:
     """torchtune's own checks and what they miss, for the whole set in one process of its environment.
 

@@ -17,13 +17,17 @@ SITE_PACKAGES = Path(pytest.__file__).parent.parent
 SOURCE = Path(__file__).parent.parent / "src"
 CORE_ONLY = (
     "click", "numpy", "numpy.libs", "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py",
-    "typing_inspection", "yaml", "_yaml", "tomli_w",
+    "typing_inspection", "yaml", "_yaml", "tomli_w", "simpleeval.py",
 )  # fmt: skip
 """Packages of the core and what they need, as folder or file names."""
 TORCH_FREE = [
     "lacuna.cli", "lacuna.errors", "lacuna.config.files", "lacuna.config.training", "lacuna.data.formats",
     "lacuna.data.schemas", "lacuna.data.packing", "lacuna.runs.folder", "lacuna.runs.metrics",
-    "lacuna.platform.detect",
+    "lacuna.config.yaml_format", "lacuna.platform.detect", "lacuna.experiment.builder", "lacuna.experiment.checks",
+    "lacuna.experiment.confounds", "lacuna.experiment.design", "lacuna.experiment.folder",
+    "lacuna.experiment.generator", "lacuna.experiment.loaders", "lacuna.experiment.merge",
+    "lacuna.experiment.parameters", "lacuna.experiment.schema", "lacuna.experiment.sweep",
+    "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "torchtune_config_writer",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
@@ -113,7 +117,7 @@ def test_the_torch_free_half_imports_no_torch() -> None:
 def test_the_list_of_the_torch_free_half_is_complete() -> None:
     found = {
         ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        for part in ("config", "runs", "platform")
+        for part in ("config", "experiment", "runs", "platform")
         for path in (SOURCE / "lacuna" / part).glob("*.py")
         if path.stem != "__init__"
     }
@@ -149,6 +153,15 @@ def test_parquet_without_its_extra_names_the_install_command(core_only: Path) ->
     environment = {**os.environ, "PYTHONPATH": str(core_only)}
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
     assert "MissingExtraError: this command needs 'pyarrow', which is not installed: pip install" in result.stderr
+
+
+def test_generate_works_where_only_the_core_is_installed(core_only: Path, folder: Path) -> None:
+    experiment = "experiment_name: e\nbase_config_file: good.toml\nvariables: {learning_rate: [1e-5, 2e-5]}\n"
+    (folder / "experiment.yaml").write_text(experiment)
+    words = ["generate", folder / "experiment.yaml", "--output", folder / "configs", "--paths", "skip"]
+    result = in_core_only(core_only, "lacuna", *words)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "configs" / "run_001.yaml").exists()
 
 
 def explained(*words: str | Path, cwd: Path) -> dict[str, tuple[str, str]]:

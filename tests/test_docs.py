@@ -20,7 +20,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 RUN_ELSEWHERE = {
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
+    "make torchtune": "make test begins with it",
     "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",
+    "make torchtune && lacuna recipes llama3_2/1B": "test_experiment_docs.py",
+    "lacuna generate examples/lora_rank.yaml --paths skip": "test_experiment_docs.py",
+    "lacuna generate examples/learning_rate.yaml --output configs/learning_rate --paths skip": "the same",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }

@@ -23,12 +23,9 @@ from lacuna.experiment.merge import (
 
 Values = dict[str, Any]
 KEYS = st.sampled_from("abc")
-SCALARS = (
-    st.none() | st.booleans() | st.integers(0, 3) | st.text("xy", max_size=2) | st.lists(st.integers(), max_size=2)
-)
+SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text("xy") | st.lists(st.integers(), max_size=2)
 NESTED = st.dictionaries(KEYS, st.recursive(SCALARS, lambda inner: st.dictionaries(KEYS, inner), max_leaves=8))
 LEAVES = st.dictionaries(KEYS, SCALARS)
-SAME_SHAPE = st.fixed_dictionaries({}, optional={"a": LEAVES, "b": st.integers(), "c": st.just({}) | NESTED.map(dict)})
 TYPED = st.fixed_dictionaries({}, optional={"a": LEAVES, "b": SCALARS, "c": st.dictionaries(KEYS, LEAVES)})
 
 
@@ -36,8 +33,9 @@ def recursive_merge(base: Values, override: Values) -> Values:
     merged = dict(base)
     for key, value in override.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = recursive_merge(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = recursive_merge(below, value)
+        merged[key] = value
     return merged
 
 

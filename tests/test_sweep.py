@@ -30,9 +30,8 @@ def test_every_combination_comes_exactly_once(variables: Any, paired: Any, seeds
 
 def test_the_first_variable_is_slowest_and_the_seed_fastest() -> None:
     runs = combinations({"a": [1, 2], "b": [3]}, [{"p": 5}, {"p": 6}], [0, 1])
-    assert [tuple(run.values()) for run in runs] == [
-        (a, 3, p, s) for a, p, s in itertools.product([1, 2], [5, 6], [0, 1])
-    ]
+    expected = [(a, 3, p, seed) for a, p, seed in itertools.product([1, 2], [5, 6], [0, 1])]
+    assert [tuple(run.values()) for run in runs] == expected
     assert list(combinations({}, [], [])) == [{}]
 
 
@@ -43,15 +42,7 @@ def test_a_run_matches_where_all_settings_agree() -> None:
     assert not matches({"a": 1}, {"c": 1})
 
 
-NAMES = {
-    "lora_rank": 8,
-    "learning_rate": 3e-4,
-    "optimizer.lr": 0.5,
-    "max": 4,
-    "modules": ["a"],
-    "text": "t",
-    "none": None,
-}
+NAMES: dict[str, Any] = {"lora_rank": 8, "optimizer.lr": 0.5, "max": 4, "modules": ["a"], "text": "t", "none": None}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +109,6 @@ def test_arithmetic_is_pythons(left: int, right: int) -> None:
         ("f'{lora_rank}'", "lora_rank"),
         ("modules", "modules"),
         ("none", "none"),
-        ("lora_rank < 9", "lora_rank < 9"),
         ("lora_rank = 2", "lora_rank = 2"),
         ("lora_rank; 2", "lora_rank; 2"),
         ("lora_rank\n+ 1", "lora_rank"),
@@ -132,15 +122,7 @@ def test_what_is_no_arithmetic_is_refused(expression: str, reason: str) -> None:
     assert not re.search(r"name_[1-689]", str(error.value))
 
 
-FILL = {
-    "lora_rank": 8,
-    "learning_rate": 3e-4,
-    "packed": True,
-    "nothing": None,
-    "model": "org/name",
-    "many": [1],
-    "a.b": 2,
-}
+FILL = {"lora_rank": 8, "learning_rate": 3e-4, "packed": True, "nothing": None, "model": "org/name", "a.b": 2}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +158,7 @@ def test_known_names_are_filled_and_other_braces_stay(text: str, filled: str) ->
 )
 def test_names_that_cannot_be_filled_are_refused(text: str, in_path: bool, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        fill(text, {**FILL, "empty": "", "up": "..", "here": "."}, in_path)
+        fill(text, {**FILL, "empty": "", "up": "..", "here": ".", "many": [1]}, in_path)
 
 
 def test_a_value_in_a_path_is_one_folder() -> None:

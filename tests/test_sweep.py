@@ -98,7 +98,7 @@ def test_arithmetic_is_pythons(left: int, right: int) -> None:
         ("(lora_rank).__class__", "__class__"),
         ("lambda: 1", "Lambda"),
         ("(lora_rank, 1)", "Tuple"),
-        ("-" * 5000 + "1", "cannot be worked out"),
+        ("-" * 50_000 + "1", "cannot be worked out"),
         ("name_7 * 2", "'name_7' is not defined"),
         ("name_0 * 2", "'name_0' is not defined"),
         ("modules[9]", "modules"),

@@ -33,6 +33,10 @@ TRICKY = [
     "x" * 300,
 ]  # fmt: skip
 
+ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12)
+)
+
 
 def read(text: str) -> dict[str, Any]:
     return parse_yaml(text, "f.yaml")[0]
@@ -164,21 +168,16 @@ def test_numbers_as_keys_become_names_at_the_top() -> None:
         ("a: \x01\n", "not valid YAML: unacceptable character"),
         ("- a\n", "f.yaml: a config is a mapping of names to values, this is a list"),
         ("text\n", "this is a str"),
+        (ALIAS_BOMB, "repeats too much"),
     ],
 )
 def test_broken_documents_are_named_with_their_line(text: str, message: str) -> None:
     assert message in failure(text)
 
 
-ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12)
-)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ALIAS_BOMB, "repeats too much"),
         ("a: &x {b: *x}\n", "an alias contains itself"),
         ("a: &x [*x]\n", "an alias contains itself"),
         ("a: &x {b: [{c: *x}]}\n", "an alias contains itself"),
@@ -186,7 +185,7 @@ ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "{b: " * 100_000, "not readable"),
         ("- " * 100_000, "not readable"),
     ],
-    ids=["bomb", "mapping", "list", "both", "open lists", "open mappings", "nested dashes"],
+    ids=["mapping", "list", "both", "open lists", "open mappings", "nested dashes"],
 )
 def test_no_document_takes_the_machine_down(text: str, message: str) -> None:
     """In a process of its own with 2 GiB and 20 s of processor time: it must answer, and not crash."""

@@ -12,9 +12,9 @@ from lacuna.errors import ConfigError
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.loaders import Base, load_base
 from lacuna.experiment.merge import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
-from lacuna.experiment.parameters import expects_whole_number, find_path, parameters, place, value_problem
+from lacuna.experiment.parameters import expects_whole_number, find_path, place, value_problem
 from lacuna.experiment.schema import Experiment, read_experiment
-from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in
+from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
     places, touched = _find_places(experiment, base.trainer, values, layer, problems)
     combined = _kept(experiment)
     width = max(3, len(str(len(combined) - 1)))
-    builder = _Builder(experiment, base.trainer, values, places, layer)
+    composer = _Composer(experiment, base.trainer, values, places, layer)
     wrong: dict[str, None] = {}
     runs = []
     for index, varied in enumerate(combined):
         try:
-            runs.append(builder.run(f"run_{index:0{width}d}", varied))
+            runs.append(composer.run(f"run_{index:0{width}d}", varied))
         except (ConfigError, ValueError) as error:
             found = error.problems if isinstance(error, ConfigError) else [f"{layer.name}: {error}"]
             wrong.update(dict.fromkeys(found))
@@ -67,7 +67,7 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
     return Design(experiment, base, runs, touched, notes)
 
 
-class _Builder:
+class _Composer:
     """What all runs of an experiment share, worked out once."""
 
     def __init__(self, experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> None:
@@ -79,12 +79,6 @@ class _Builder:
         self.controls = controls
         self.settled = merge(base, controls)
         self.texts = [(path, value) for path, value in leaves(controls) if "{" in str(value)]
-        known = {name: get(self.settled, path) for name, spec in parameters(trainer).items() for path in spec.paths}
-        self.known = {
-            **{path: value for path, value in leaves(self.settled) if isinstance(value, int | float)},
-            **{name: value for name, value in known.items() if isinstance(value, int | float)},
-        }
-        """Numbers that derived values may name though nothing here sets them."""
         scalars = {
             name.removeprefix("+"): value
             for name, value in experiment.controls.items()
@@ -100,17 +94,16 @@ class _Builder:
     def run(self, id: str, varied: Settings) -> Run:
         names = {**self.fixed, **{name.removeprefix("+"): value for name, value in varied.items()}}
         override: Values = {}
-        for name, expression in self.experiment.derived.items():
-            path = self.places["derived", name]
-            result = self._derive(name, path, expression, names)
-            names[name.removeprefix("+")] = result
-            override = merge(override, nested(path, result))
         seeded = bool(self.experiment.seeds)
         for name, value in varied.items():
-            section = (
-                "seeds" if name == "seed" and seeded else "variables" if name in self.experiment.variables else "paired"
-            )
-            override = merge(override, nested(self.places[section, name], value))
+            section = "variables" if name in self.experiment.variables else "paired"
+            path = self.places["seeds" if seeded and name == "seed" else section, name]
+            override = merge(override, nested(path, value))
+        for name, expression in self.experiment.derived.items():
+            path = self.places["derived", name]
+            result = self._derive(name, path, expression, names, merge(self.settled, override))
+            names[name.removeprefix("+")] = result
+            override = merge(override, nested(path, result))
         texts = [*self.texts, *((path, value) for path, value in leaves(override) if "{" in str(value))]
         for path, value in texts:
             if path != "output_dir" and get(override, path) in (MISSING, value):
@@ -120,9 +113,14 @@ class _Builder:
         settings = {name.removeprefix("+"): value for name, value in varied.items() if not (seeded and name == "seed")}
         return Run(id, settings, seed, self._complete(override), output_dir)
 
-    def _derive(self, name: str, path: str, expression: str, names: Settings) -> Any:
-        """Raises ValueError where the arithmetic fails, or gives what stands for nothing at that path."""
-        result = evaluate(expression, {**self.known, **names})
+    def _derive(self, name: str, path: str, expression: str, names: Settings, values: Values) -> Any:
+        """Names are the user's own, else what this run's config holds there.
+
+        Raises ValueError where the arithmetic fails, or gives what cannot stand at that path.
+        """
+        known = {word: get(values, find_path(word, self.trainer, values)[0]) for word in words_in(expression)}
+        numbers = {word: value for word, value in known.items() if isinstance(value, int | float)}
+        result = evaluate(expression, {**numbers, **names})
         if isinstance(result, float) and result.is_integer() and expects_whole_number(self.trainer, path):
             result = int(result)
         conflict = next((how for _, how in type_conflicts(self.base, nested(path, result))), None)

@@ -50,7 +50,9 @@ def generate(
         problems = check_design(planned, stage) if validate else []
         forgiven = [problem for problem in problems if problem.is_local and not check_paths]
         if errors := [problem for problem in problems if problem not in forgiven]:
-            raise ConfigError(folder.write_report(output, errors))
+            raise ConfigError(
+                [*folder.write_report(output, errors), *(f"(note: {note})" for note in planned.base.notes)]
+            )
     folder.remove_report(output)
     notes += folder.summarise(forgiven)
     if not validate:

@@ -3,16 +3,18 @@
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from simpleeval import InvalidExpression, SimpleEval
+from simpleeval import SimpleEval
 
 from lacuna.config.files import did_you_mean
 
 Settings = dict[str, Any]
 NAME_IN_TEXT = re.compile(r"(?<![${])\{([A-Za-z_][\w.]*)\}(?!\})")
 """`{lora_rank}`; `${output_dir}` is OmegaConf's, `{{ … }}` a template's."""
+WORD = re.compile(r"(?<![\w.])[A-Za-z_][\w.]*")
 FUNCTIONS = {"sqrt": math.sqrt, "log": math.log, "log2": math.log2, "min": min, "max": max, "round": round, "int": int}
 
 
@@ -31,21 +33,30 @@ def matches(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return all(name in settings and settings[name] == value for name, value in entry.items())
 
 
-def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
+def words_in(expression: str) -> list[str]:
+    """The names of an expression, functions too, each once; a dotted name is one."""
+    return list(dict.fromkeys(WORD.findall(expression)))
+
+
+def evaluate(expression: str, names: Mapping[str, Any]) -> float:
     """Arithmetic over names. Raises ValueError: no arithmetic, an unknown name, or no finite number as its result.
 
     A dotted name is looked up whole, as `optimizer.lr`.
     """
-    aliases = {name: f"name_{index}" for index, name in enumerate(sorted(names, key=len, reverse=True))}
-    words = re.sub(r"(?<![\w.])[A-Za-z_][\w.]*", lambda word: aliases.get(word[0], word[0]), expression)
-    evaluator = SimpleEval(functions=FUNCTIONS, names={alias: names[name] for name, alias in aliases.items()})
+    aliases = {word: f"lacuna_{index}" for index, word in enumerate(words_in(expression)) if word in names}
+    evaluator = SimpleEval(
+        functions=FUNCTIONS, allowed_attrs={}, names={alias: names[name] for name, alias in aliases.items()}
+    )
     try:
-        result = evaluator.eval(words)
-    except (InvalidExpression, SyntaxError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        shown = re.sub(r"name_(\d+)", lambda word: next(n for n, a in aliases.items() if a == word[0]), str(error))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # simpleeval warns of an assignment or a second expression, and goes on
+            result = evaluator.eval(WORD.sub(lambda word: aliases.get(word[0], word[0]), expression))
+    except Exception as error:  # simpleeval's own, and whatever the arithmetic raises
+        spoken = {alias: name for name, alias in aliases.items()}
+        shown = re.sub(r"lacuna_\d+", lambda alias: spoken.get(alias[0], alias[0]), str(error))
         raise ValueError(f"{expression!r} cannot be worked out: {shown}") from None
-    if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
-        raise ValueError(f"{expression!r} gives {result}")
+    if isinstance(result, bool) or not isinstance(result, int | float) or not math.isfinite(result):
+        raise ValueError(f"{expression!r} gives {result!r}, which is no number")
     return result
 
 

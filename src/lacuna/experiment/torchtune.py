@@ -174,15 +174,20 @@ def _stem(config: str) -> str:
 
 def nearest_recipe(environment: Environment, values: dict[str, Any], gpus: int | None) -> Recipe:
     """The shipped config that shares most settings with an own one, of the kind for so many devices."""
-    own = {(path, str(value) if path.endswith("_component_") else "") for path, value in leaves(values)}
+    own = _outline(values)
 
-    def likeness(recipe: Recipe) -> float:
+    def likeness(recipe: Recipe) -> tuple[int, float]:
         shipped, _ = parse_yaml(recipe.file.read_text(encoding="utf-8"), str(recipe.file))
-        theirs = {(path, str(value) if path.endswith("_component_") else "") for path, value in leaves(shipped)}
-        return len(own & theirs) / len(own | theirs)
+        theirs = _outline(shipped)
+        return len(own & theirs), len(own & theirs) / len(theirs)
 
     candidates = [r for r in recipes(environment) if r.recipe == paired_recipe(r.recipe, gpus or 1)]
     return max(candidates, key=likeness)
+
+
+def _outline(values: dict[str, Any]) -> set[tuple[str, str]]:
+    """The paths of a config, and what its components are."""
+    return {(path, str(value) if path.endswith("_component_") else "") for path, value in leaves(values)}
 
 
 def command(environment: Environment | None, recipe: str | None, gpus: int, config: str) -> list[str]:

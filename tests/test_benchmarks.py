@@ -26,3 +26,15 @@ def test_loss_memory_is_far_below_the_plain_loss() -> None:
     for line in outcome.stdout.splitlines()[-2:]:
         _, plain, ours, _, _ = (cell.strip() for cell in line.strip("|").split("|"))
         assert float(ours) < 0.4 * float(plain)
+
+
+def test_generate_compares_the_same_configs() -> None:
+    """It ends with an error where OmegaConf or Hydra wrote other files or values than lacuna."""
+    words = [sys.executable, str(BENCHMARKS / "generate.py"), "--sizes", "5", "--rounds", "1"]
+    outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in outcome.stdout.splitlines()[2:]]
+    programs = [program.partition(":")[0] for _, program, *_ in rows]
+    assert programs == ["lacuna", "lacuna with torchtune's checks", "OmegaConf", "Hydra", "floor"]
+    assert rows[0][4] == "1.00"
+    assert all(row[0] == "5" and float(row[2]) > 0 and float(row[3]) > 0 and float(row[4]) > 0 for row in rows)

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test lint bench
+.PHONY: install torchtune quickstart test lint coverage bench
 
 install: .venv/installed
 
@@ -32,6 +32,13 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: install
+coverage: install torchtune
+	$(BIN)/coverage run --branch --source lacuna.experiment -m pytest tests/test_merge.py tests/test_sweep.py \
+		tests/test_experiment.py tests/test_builder.py
+	$(BIN)/coverage report --show-missing --fail-under 100 \
+		--include '*/merge.py,*/sweep.py,*/schema.py,*/parameters.py,*/generator.py,*/builder.py'
+
+bench: install torchtune
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/generate.py

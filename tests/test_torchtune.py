@@ -517,7 +517,7 @@ def test_all_methods_of_the_builder_make_a_valid_config(llama: Path, rows: Path)
         .with_batch_size(2)
         .with_epochs(3)
         .with_lora_params(32, 64)
-        .with_gradient_accumulation_steps(8)
+        .with_gradient_accumulation_steps(4)
         .with_max_seq_length(512)
         .with_seed(42)
         .with_dtype("fp32")
@@ -534,8 +534,8 @@ def test_all_methods_of_the_builder_make_a_valid_config(llama: Path, rows: Path)
         "tokenizer.prompt_template": "torchtune.data.SummarizeTemplate", "tokenizer.max_seq_len": 512,
         "output_dir": "results/all", "optimizer.lr": 1e-4, "batch_size": 2, "epochs": 3, "model.lora_rank": 32,
         "model.lora_alpha": 64, "seed": 42, "dtype": "fp32", "enable_activation_checkpointing": True, "compile": True,
+        "gradient_accumulation_steps": 4,
     }  # fmt: skip
-    assert after["gradient_accumulation_steps"] == before["gradient_accumulation_steps"] == 8
 
 
 def test_the_builder_raises_all_problems_at_once() -> None:

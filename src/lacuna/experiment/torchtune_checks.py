@@ -307,7 +307,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     answer, sys.stdout = sys.stdout, sys.stderr
     request = json.load(sys.stdin)
-    sys.path[0] = os.getcwd()
+    sys.path[:] = [*sys.path[1:], os.getcwd()]  # components of the user's own, found as torchtune finds them
     problems = []
     for run in request["runs"]:
         for path, what, todo in check_run(request["packages"], run, request["shipped"]):

@@ -1,0 +1,199 @@
+"""What is wrong with a run's config and shows without a trainer: values, folders, data files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lacuna.experiment.checks import Problem, check_run
+from lacuna.experiment.folder import summarise
+
+INSTRUCT = "torchtune.datasets.instruct_dataset"
+ROWS = [{"input": f"q{i}", "output": f"a{i}"} for i in range(4)]
+Settings = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps(row) for row in ROWS]
+    Path("rows.jsonl").write_text("\n".join(lines) + "\n\n")
+    Path("list.json").write_text(json.dumps(ROWS, indent=1))
+    Path("one_line.json").write_text(json.dumps(ROWS))
+    Path("nested.json").write_text(json.dumps({"train": ROWS, "name": "x"}, indent=1))
+    Path("numbers.json").write_text('{"train": [1, 2, 3, 4]}')
+    Path("words.json").write_text('{"train": ["input output", "b", "c", "d"]}')
+    Path("rows.csv").write_text("input,output\n" + "a,b\n" * 4)
+    Path("rows.txt").write_text("line\n" * 4)
+    pq.write_table(pa.Table.from_pylist(ROWS), "rows.parquet")
+    Path("broken.jsonl").write_text(lines[0] + "\n{\n")
+    Path("latin.csv").write_bytes(b"input,output\n\xe9,b\n")
+    Path("empty.jsonl").write_text("")
+    Path("folder").mkdir()
+
+
+def found(gpus: int = 1, **values: Any) -> list[Problem]:
+    return list(check_run("torchtune", "run_000", values, gpus))
+
+
+def lines(gpus: int = 1, **values: Any) -> str:
+    return "\n".join(summarise(found(gpus, **values)))
+
+
+def dataset(files: Any, source: Any = "json", component: str = INSTRUCT, **others: Any) -> Settings:
+    given = {"source": source} if source is not None else {}
+    return {"_component_": component, **given, "data_files": files, "split": "train", **others}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        dataset("rows.jsonl"),
+        dataset("list.json"),
+        dataset("one_line.json"),
+        dataset("nested.json", field="train"),
+        dataset("rows.csv", "csv"),
+        dataset("rows.parquet", "parquet"),
+        dataset(["rows.jsonl", "list.json"]),
+        dataset({"train": "rows.jsonl", "test": "list.json"}, split="test"),
+        dataset("*.jsonl"),
+        dataset("https://example.com/a.jsonl"),
+        dataset("rows.txt", "text", "torchtune.datasets.text_completion_dataset"),
+        dataset("rows.csv", "csv", "torchtune.datasets.text_completion_dataset", column="input"),
+        dataset("rows.jsonl", component="my.own_dataset"),
+        dataset("rows.jsonl", component="torchtune.datasets.chat_dataset", conversation_column="input"),
+        dataset("rows.jsonl", column_map={"input": "input", "output": "output"}),
+        dataset("rows.jsonl", split="train[:50%]"),
+        {"_component_": INSTRUCT, "source": "org/name", "split": "test"},
+        {"_component_": INSTRUCT, "source": "folder", "data_files": "x"},
+        {"_component_": INSTRUCT, "source": "${data.kind}", "data_files": "${oc.env:HOME}"},
+    ],
+)
+def test_data_that_fit_are_left_alone(section: Settings) -> None:
+    assert lines(dataset=section, batch_size=4, data={"kind": "json"}) == ""
+
+
+CHAT = "torchtune.datasets.chat_dataset"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (dataset("none.jsonl"), "dataset.data_files there is no file none.jsonl"),
+        (dataset("rows.jsonl", "org/name"), "dataset.data_files names files, but the source is 'org/name'"),
+        (dataset("rows.jsonl", None), "but the source is the component's own hub data set"),
+        ({"_component_": INSTRUCT, "source": "rows.csv"}, "dataset.source rows.csv is a file: write source: csv and data"),
+        ({"_component_": INSTRUCT, "source": "rows.txt"}, "write source: text and data_files: rows.txt"),
+        (dataset("rows.jsonl", split="test"), "dataset.split is 'test', but files without a name are all 'train'"),
+        (dataset("nested.json"), "nested.json is one object over several lines, no rows: name the list in it"),
+        (dataset("list.json", field="train"), "dataset.field is 'train', but list.json is a plain list of rows"),
+        (dataset("nested.json", field="test"), "nested.json has no list 'test'; it has 'train', 'name'"),
+        (dataset("rows.csv", "csv", field="train"), "dataset.field csv files have none: leave field out"),
+        (dataset("broken.jsonl"), "broken.jsonl is not readable json"),
+        (dataset("latin.csv", "csv"), "latin.csv is not readable csv"),
+        (dataset("rows.csv", "parquet"), "rows.csv is not readable parquet"),
+        (dataset("folder"), "folder is not readable json"),
+        (dataset("numbers.json", field="train"), "numbers.json"),
+        (dataset("words.json", field="train"), "words.json"),
+        (dataset("nested.json", field=["train"]), "dataset.field"),
+        (dataset("rows.jsonl", column_map={"input": "question"}), "dataset.column_map lacks output, which torchtune wants"),
+        (dataset("rows.jsonl", column_map={}), "dataset.column_map lacks input and output"),
+        (
+            dataset("rows.jsonl", column_map={"input": "question", "output": "output"}),
+            "rows.jsonl has no column 'question'; it has 'input', 'output': set column_map",
+        ),
+        (dataset("rows.csv", "csv", CHAT, conversation_column="c"), "no column 'c'; it has 'input', 'output': set conversation"),
+        (dataset("rows.csv", "csv", "x.text_completion_dataset"), "no column 'text'; it has 'input', 'output': set column,"),
+        (dataset("rows.jsonl", component="x.alpaca_dataset"), "no column 'instruction'"),
+        (dataset("rows.jsonl", component="x.preference_dataset"), "no column 'chosen'"),
+        (dataset("rows.jsonl", component=CHAT, conversation_style="chatml"), "dataset.conversation_style is 'chatml'"),
+        (dataset(["empty.jsonl", "empty.jsonl"]), "batch_size 0 rows are fewer than one step"),
+        (dataset("empty.jsonl", packed=True), "empty.jsonl"),
+    ],
+)  # fmt: skip
+def test_data_that_do_not_fit_are_named(section: Settings, message: str) -> None:
+    assert message in lines(dataset=section, batch_size=2)
+
+
+def test_fewer_rows_than_a_step_are_told_with_the_sum() -> None:
+    step = {"batch_size": 2, "gradient_accumulation_steps": 2, "dataset": dataset("rows.jsonl")}
+    assert lines(**step) == ""
+    assert "4 rows are fewer than one step of 2 × 2 accumulated × 2 devices" in lines(2, **step)
+    assert "4 rows are fewer than one step of 2 × 4 accumulated: no step" in lines(
+        **{**step, "gradient_accumulation_steps": 4}
+    )
+    assert lines(2, **{**step, "dataset": dataset("rows.jsonl", packed=True)}) == ""
+    assert lines(2, **{**step, "dataset": dataset(["rows.jsonl", "rows.jsonl"])}) == ""
+
+
+def test_a_file_that_was_corrected_is_read_anew() -> None:
+    assert "not readable" in lines(dataset=dataset("broken.jsonl"), batch_size=2)
+    Path("broken.jsonl").write_text(Path("rows.jsonl").read_text())
+    assert lines(dataset=dataset("broken.jsonl"), batch_size=2) == ""
+
+
+def checkpointer(folder: str, output: str | None = None, **others: Any) -> Settings:
+    return {"checkpointer": {"checkpoint_dir": folder, "output_dir": output or "elsewhere", **others}}
+
+
+@pytest.mark.parametrize(
+    ("values", "path", "message"),
+    [
+        (checkpointer("folder", "folder"), "checkpointer.output_dir", "is inside checkpoint_dir"),
+        (checkpointer("folder", "folder/a/b"), "checkpointer.output_dir", "is inside checkpoint_dir"),
+        (
+            {**checkpointer("folder", "${output_dir}"), "output_dir": "folder/x"},
+            "checkpointer.output_dir",
+            "folder/x is",
+        ),
+        (checkpointer("nowhere"), "checkpointer.checkpoint_dir", "there is no folder nowhere"),
+        (checkpointer("folder", checkpoint_files=["a.pt", 3]), "checkpointer.checkpoint_files", "no file folder/a.pt"),
+        ({"ref_checkpointer": {"checkpoint_dir": "nowhere"}}, "ref_checkpointer.checkpoint_dir", "no folder"),
+        ({"tokenizer": {"path": "/m/tokenizer.model"}}, "tokenizer.path", "there is no file /m/tokenizer.model"),
+        ({"tokenizer": {"merges_file": "${home}/x"}, "home": "/m"}, "tokenizer.merges_file", "there is no file /m/x"),
+        ({"dtype": "float16"}, "dtype", "is 'float16', which torchtune does not know"),
+        ({"batch_size": 0}, "batch_size", "is 0 (int): should be greater than 0"),
+        ({"model": {"lora_rank": 8.0}}, "model.lora_rank", "is 8.0 (float)"),
+        ({"device": "gpu"}, "device", "is 'gpu'"),
+        ({"dataloader": {"shuffle": "yes"}}, "dataloader.shuffle", "is 'yes'"),
+    ],
+)
+def test_places_and_values_that_cannot_be(values: Settings, path: str, message: str) -> None:
+    (problem,) = found(**values)
+    assert (problem.run, problem.path) == ("run_000", path)
+    assert message in problem.what
+    assert problem.is_local == problem.what.startswith("there is no f")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        checkpointer("folder"),
+        checkpointer("folder", "folder_2/x"),
+        {"checkpointer": {"checkpoint_dir": None}, "tokenizer": {"path": None}, "dataset": [1], "dtype": None},
+        {"checkpointer": {"checkpoint_dir": "${oc.env:MODELS}/x"}},
+        {"checkpointer": {"checkpoint_dir": "${a}"}, "a": "${b}", "b": "${a}"},
+        {"tokenizer": {"path": "${nowhere}/x"}},
+        {"tokenizer": {"path": "${.folder}/x", "folder": "f"}},
+        {"batch_size": "${n}", "n": 2, "model": {"lora_rank": "${n}"}},
+    ],
+)
+def test_what_only_the_trainer_can_know_is_left_to_it(values: Settings) -> None:
+    assert lines(**values) == ""
+
+
+def test_the_data_of_lacunas_trainers_must_be_there() -> None:
+    values = {"dataset": "rows.jsonl", "validation_dataset": "none.jsonl", "batch_size": 0}
+    problems = list(check_run("sft", "r", values, 1))
+    assert [(problem.path, problem.is_local) for problem in problems] == [
+        ("batch_size", False), ("validation_dataset", True)
+    ]  # fmt: skip
+    assert not list(check_run("pretrain", "r", {"dataset": "org/name"}, 1))
+
+
+def test_a_summary_has_one_line_for_equal_problems() -> None:
+    problems = [Problem(f"run_{i}", "a.b", "is wrong", "mend it") for i in range(3)] + [Problem("run_1", "", "x", "y")]
+    assert summarise(problems) == ["3 runs (run_0 … run_2): a.b is wrong: mend it", "run_1: x: y"]

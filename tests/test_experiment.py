@@ -1,0 +1,658 @@
+"""From experiment.yaml to configs, without any torchtune: names, values, runs, notes, and the folder they go to."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lacuna
+from conftest import SCRIPTS, Outcome, Run, spawn
+from lacuna.config.training import TRAINERS
+from lacuna.config.yaml_format import dump_yaml
+from lacuna.errors import ConfigError
+from lacuna.experiment.checks import check_run
+from lacuna.experiment.design import Design, design
+from lacuna.experiment.parameters import value_problem
+
+ROOT = Path(__file__).parent.parent
+BASE = """\
+output_dir: /tmp/out
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: /models/tokenizer.model
+  max_seq_len: null
+model:
+  _component_: torchtune.models.llama3_2.lora_llama3_2_1b
+  lora_attn_modules: [q_proj, v_proj]
+  lora_rank: 64
+  lora_alpha: 128
+optimizer:
+  _component_: torch.optim.AdamW
+  lr: 3e-4
+dataset:
+  _component_: torchtune.datasets.alpaca_cleaned_dataset
+  packed: false
+dataloader:
+  shuffle: true
+metric_logger:
+  log_dir: ${output_dir}/logs
+prompts: {system: none}
+batch_size: 2
+gradient_accumulation_steps: 8
+epochs: 1
+max_steps_per_epoch: null
+seed: null
+dtype: bf16
+"""
+OWN = {"experiment_name": "study", "base_config_file": "base.yaml", "recipe": "lora_finetune_single_device"}
+SFT = {"experiment_name": "study", "base_config_file": str(ROOT / "configs" / "sft_qwen.toml")}
+PRETRAIN = {"experiment_name": "study", "base_config_file": str(ROOT / "configs" / "pretrain_qwen.toml")}
+RANKS = {"lora_rank": [8, 16]}
+RATES = {"learning_rate": [1e-4, 3e-4]}
+Settings = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "data.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    return tmp_path
+
+
+def plan(base: Settings = OWN, **changes: Any) -> Design:
+    return design({**base, **changes})
+
+
+def problems(base: Settings = OWN, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        plan(base, **changes)
+    return "\n".join(error.value.problems)
+
+
+def write(text: str | Settings, name: str = "experiment.yaml") -> str:
+    Path(name).write_text(text if isinstance(text, str) else dump_yaml(text))
+    return name
+
+
+def everything(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def column(found: Design, path: str) -> list[Any]:
+    values = []
+    for run in found.runs:
+        value: Any = run.values
+        for key in path.split("."):
+            value = value[key]
+        values.append(value)
+    return values
+
+
+GRID = """\
+experiment_name: lr_batch_sweep
+base_config_file: base.yaml  # Pre-adapted for V100 GPUs
+
+variables:
+  learning_rate: [1e-4, 3e-4, 5e-4]
+  batch_size: [2, 4, 8]
+
+controls:
+  epochs: 5
+  seed: 42
+"""
+
+
+def test_the_grid_of_the_plan_gives_nine_configs(run: Run, folder: Path) -> None:
+    outcome = run("lacuna", "generate", write(GRID), "--no-validate")
+    assert outcome.code == 0, outcome.output
+    shown = [f"- configs/run_{i:03d}.yaml" for i in range(9)]
+    assert all(line in outcome.output for line in shown)
+    assert "✓ Loaded base config: base.yaml ✓ Generated 9 configs in configs/ - configs/run_000" in outcome.output
+    assert "- configs/run_000.yaml (learning_rate=0.0001, batch_size=2) - configs/run_001.yaml" in outcome.output
+    assert "✓ Created run_mapping.yaml start one: " in outcome.output
+    assert "not validated" in outcome.output
+    configs = [yaml.safe_load((folder / "configs" / f"run_{i:03d}.yaml").read_text()) for i in range(9)]
+    grid = [(config["optimizer"]["lr"], config["batch_size"]) for config in configs]
+    assert grid == [(lr, batch) for lr in (1e-4, 3e-4, 5e-4) for batch in (2, 4, 8)]
+    base = yaml.safe_load(BASE)
+    for index, config in enumerate(configs):
+        changed = {"output_dir": f"/tmp/out/run_{index:03d}", "epochs": 5, "seed": 42, "batch_size": grid[index][1]}
+        assert config == {**base, **changed, "optimizer": {**base["optimizer"], "lr": grid[index][0]}}
+
+
+def test_the_mapping_says_what_each_run_is(run: Run, folder: Path) -> None:
+    text = {**OWN, "question": "why?", "variables": RANKS, "seeds": [7], "controls": {"output_dir": "out"}}
+    assert run("lacuna", "generate", write(text), "--no-validate", output="made").code == 0
+    mapping = yaml.safe_load((folder / "made" / "run_mapping.yaml").read_text())
+    assert list(mapping) == ["experiment", "trainer", "base", "recipe", "gpus", "runs"]
+    assert mapping["experiment"] == text
+    assert (mapping["trainer"], mapping["recipe"], mapping["gpus"]) == ("torchtune", text["recipe"], 1)
+    digest = hashlib.sha256((folder / "made" / "run_001.yaml").read_bytes()).hexdigest()
+    assert mapping["runs"][1] == {
+        "id": "run_001", "params": {"lora_rank": 16}, "seed": 7, "config": "run_001.yaml", "sha256": digest,
+        "output_dir": "out/run_001",
+    }  # fmt: skip
+    assert len(mapping["runs"]) == 2
+
+
+def test_json_is_the_mapping_alone_on_standard_output(folder: Path) -> None:
+    words = [str(SCRIPTS / "lacuna"), "generate", write({**OWN, "variables": RANKS}), "--json", "--no-validate"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["output"] == "configs"
+    assert [run["params"] for run in answer["runs"]] == [{"lora_rank": 8}, {"lora_rank": 16}]
+    assert any("lora_alpha is 128 in every run" in note for note in answer["notes"])
+    assert "note: confound" in done.stderr
+
+
+def test_the_same_experiment_gives_the_same_bytes(folder: Path) -> None:
+    write({**OWN, "variables": {**RANKS, **RATES}, "seeds": [1, 2], "tags": ["a", "b"]})
+    for seed in ("1", "2"):
+        words = [str(SCRIPTS / "lacuna"), "generate", "experiment.yaml", "--no-validate", "--output", f"out{seed}/c"]
+        subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+    assert everything(folder / "out1") == everything(folder / "out2")
+    assert len(everything(folder / "out1")) == 9
+
+
+def test_a_long_list_is_cut_and_numbers_grow_wider(run: Run, folder: Path) -> None:
+    write({**OWN, "variables": {"epochs": list(range(1, 1002))}})
+    outcome = run("lacuna", "generate", "experiment.yaml", "--no-validate")
+    assert "… and 981 more, to run_1000.yaml" in outcome.output
+    assert (folder / "configs" / "run_0000.yaml").exists()
+
+
+def test_an_experiment_in_toml_with_its_base_beside_it(run: Run, folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "base.yaml").rename(folder / "sub" / "base.yaml")
+    write('experiment_name = "e"\nbase_config_file = "base.yaml"\n[variables]\nlora_rank = [8]\n', "sub/e.toml")
+    outcome = run("lacuna", "generate", "sub/e.toml", "--no-validate")
+    assert outcome.code == 0, outcome.output
+    assert "Generated 1 config in configs/ - configs/run_000.yaml (lora_rank=8)" in outcome.output
+
+
+def test_python_gets_what_the_command_writes(run: Run, folder: Path) -> None:
+    experiment = {**OWN, "variables": RANKS}
+    before = json.dumps(experiment)
+    done = lacuna.generate(experiment, "python", validate=False)
+    assert run("lacuna", "generate", write(experiment), "--no-validate", output="command").code == 0
+    assert everything(folder / "python") == everything(folder / "command")
+    assert [made.settings for made in done.runs] == [{"lora_rank": 8}, {"lora_rank": 16}]
+    assert json.dumps(experiment) == before
+    with pytest.raises(AttributeError):
+        _ = lacuna.nothing
+
+
+def test_flat_dotted_nested_and_new_names_go_to_their_places() -> None:
+    controls = {"model": {"lora_alpha": 16}, "dataset.packed": True, "+max_seq_len": 512, "+a.b": [1], "shuffle": False}
+    found = plan(variables={"optimizer.lr": [1e-3], **RANKS}, controls=controls)
+    (values, _) = (run.values for run in found.runs)
+    assert (values["optimizer"]["lr"], values["model"]["lora_rank"], values["model"]["lora_alpha"]) == (1e-3, 8, 16)
+    assert (values["dataset"]["packed"], values["tokenizer"]["max_seq_len"], values["a"]) == (True, 512, {"b": [1]})
+    assert values["dataloader"]["shuffle"] is False
+    assert values["model"]["lora_attn_modules"] == ["q_proj", "v_proj"]
+    assert found.touched == [
+        "a.b", "dataloader.shuffle", "dataset.packed", "model.lora_alpha", "model.lora_rank", "optimizer.lr",
+        "tokenizer.max_seq_len",
+    ]  # fmt: skip
+
+
+def test_the_caller_and_the_base_stay_as_they_are() -> None:
+    modules = ["q_proj"]
+    found = plan(variables=RANKS, controls={"lora_attn_modules": modules})
+    assert column(found, "model.lora_attn_modules") == [["q_proj"], ["q_proj"]]
+    assert found.base.values == yaml.safe_load(BASE.replace("3e-4", "0.0003"))
+    assert modules == ["q_proj"]
+
+
+def test_seeds_are_a_factor_of_their_own() -> None:
+    found = plan(variables=RANKS, seeds=[1, 2])
+    assert column(found, "seed") == [1, 2, 1, 2]
+    assert [(run.settings, run.seed) for run in found.runs][1] == ({"lora_rank": 8}, 2)
+    assert any("seeds vary the adapters' start" in note for note in found.notes)
+    assert column(plan(variables={"seed": [3, 4]}), "seed") == [3, 4]
+
+
+def test_derived_values_follow_variables_controls_and_the_base() -> None:
+    derived = {"lora_alpha": "2 * lora_rank", "+half": "lora_alpha / 4", "max_steps_per_epoch": "epochs * 8 / 2"}
+    found = plan(variables=RANKS, derived=derived)
+    assert (column(found, "model.lora_alpha"), column(found, "half")) == ([16, 32], [4.0, 8.0])
+    assert column(found, "max_steps_per_epoch") == [4, 4]
+    assert not any("lora_alpha is" in note for note in found.notes)
+
+
+def test_paired_settings_move_together_and_excluded_ones_stay_away() -> None:
+    paired = [{"lora_rank": 8, "batch_size": 4}, {"lora_rank": 64, "batch_size": 1}]
+    found = plan(paired=paired, variables=RATES, exclude=[{"lora_rank": 8, "learning_rate": 3e-4}])
+    rows = zip(*(column(found, name) for name in ("optimizer.lr", "model.lora_rank", "batch_size")), strict=True)
+    assert list(rows) == [(1e-4, 8, 4), (1e-4, 64, 1), (3e-4, 64, 1)]
+    assert [run.id for run in found.runs] == ["run_000", "run_001", "run_002"]
+
+
+def test_a_tilde_deletes_and_the_place_can_be_filled_anew() -> None:
+    found = plan(variables=RANKS, controls={"~dataset": None, "+dataset": {"_component_": "x"}, "~learning_rate": None})
+    assert column(found, "dataset")[0] == {"_component_": "x"}
+    assert column(found, "optimizer")[0] == {"_component_": "torch.optim.AdamW"}
+
+
+def test_names_in_texts_are_filled_wherever_they_stand() -> None:
+    controls = {
+        "prompts": {"system": "rank {lora_rank}"}, "+notes": [{"a": "{experiment_name} {seed}"}, 1],
+        "metric_logger.log_dir": "${output_dir}/{{x}}",
+    }  # fmt: skip
+    found = plan(variables={**RANKS, "+text": ["r{lora_rank}"]}, seeds=[5], controls=controls)
+    assert column(found, "prompts.system") == ["rank 8", "rank 16"]
+    assert column(found, "notes")[1] == [{"a": "study 5"}, 1]
+    assert column(found, "text") == ["r8", "r16"]
+    assert column(found, "metric_logger.log_dir")[0] == "${output_dir}/{{x}}"
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        ("/s/out", ["/s/out/run_000", "/s/out/run_001"]),
+        ("/s/out/", ["/s/out/run_000", "/s/out/run_001"]),
+        ("out/rank_{lora_rank}", ["out/rank_8", "out/rank_16"]),
+        ("out/alpha_{lora_alpha}", ["out/alpha_16", "out/alpha_32"]),
+        ("{experiment_name}", ["study/run_000", "study/run_001"]),
+        ("{name}/x", ["org_m/x/run_000", "org_m/x/run_001"]),
+    ],
+)
+def test_each_run_has_its_own_folder(given: str, folders: list[str]) -> None:
+    controls = {"output_dir": given, "+name": "org/m"}
+    found = plan(variables=RANKS, derived={"lora_alpha": "2 * lora_rank"}, controls=controls)
+    assert column(found, "output_dir") == [run.output_dir for run in found.runs] == folders
+
+
+def test_an_output_dir_that_varies_is_taken_as_it_is() -> None:
+    assert column(plan(variables={"output_dir": ["a", "b"]}), "output_dir") == ["a", "b"]
+
+
+def test_a_base_without_output_dir_gives_none(folder: Path) -> None:
+    (folder / "base.yaml").write_text(BASE.replace("output_dir: /tmp/out\n", "").replace("${output_dir}", "/x"))
+    assert [run.output_dir for run in plan(variables={"epochs": [1]}).runs] == [None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variables": {**RANKS, **RATES}, "controls": {"output_dir": "out/{lora_rank}"}}, "run_001 share out/8"),
+        ({"variables": RANKS, "seeds": [1, 2], "controls": {"output_dir": "out/{lora_rank}"}}, "share out/8"),
+        ({"variables": {"output_dir": ["out", "out/"]}}, "run_000 and run_001 share out"),
+        ({"variables": {"output_dir": ["out", "out/b"]}}, "out/b, lies in that of run_000"),
+        ({"variables": {"output_dir": ["out/b", "out"]}}, "out/b, lies in that of run_001"),
+        ({"variables": RANKS, "controls": {"output_dir": "out/{lora_rnk}"}}, "{lora_rnk} is unknown; did you mean"),
+        ({"variables": RANKS, "controls": {"metric_logger": {"log_dir": "logs"}}}, "log_dir is logs for every run"),
+    ],
+)  # fmt: skip
+def test_runs_never_share_a_folder(changes: Settings, message: str) -> None:
+    assert message in problems(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_config": "a/b"}, "either base_config"),
+        ({"base_config_file": None}, "either base_config"),
+        ({"experiment_name": ""}, "'experiment_name' is ''"),
+        ({"variable": {}}, "unknown setting 'variable'; did you mean 'variables'?"),
+        ({"variables": {"lora_rank": 8, "epochs": []}}, "'lora_rank' needs a list of values, not 8"),
+        ({"variables": {"lora_rank": 8, "epochs": []}}, "'epochs' needs a list of values, not []"),
+        ({"variables": [1]}, "'variables' is [1]"),
+        ({"variables": {"epochs": [1, 2, 1]}}, "'epochs' has 1 twice"),
+        ({"variables": {"learning_rate": [1, 1.0]}}, "'learning_rate' has 1.0 twice"),
+        ({"seeds": [1, 1]}, "seeds: the same seed twice"),
+        ({"seeds": [-1]}, "'seeds' is -1"),
+        ({"paired": [{"epochs": 1}, {"seed": 1}]}, "paired: every entry sets the same names"),
+        ({"paired": [{}]}, "paired: every entry sets the same names"),
+        ({"paired": [{"epochs": 1}, {"epochs": 1}]}, "paired: the same entry twice"),
+        ({"variables": RANKS, "exclude": [{}]}, "exclude: an empty entry"),
+        ({"variables": RANKS, "exclude": [{"lora_rnk": 8}]}, "'lora_rnk' does not vary; did you mean 'lora_rank'?"),
+        ({"variables": RANKS, "exclude": [{"lora_rank": 9}]}, "exclude, entry 1 fits no run"),
+        ({"variables": RANKS, "exclude": [{"lora_rank": 8}, {"lora_rank": 16}]}, "exclude leaves no run"),
+        ({"variables": {"lora_rnk": [8]}}, "the base config has no 'lora_rnk'; did you mean 'lora_rank'?; '+lora_rnk'"),
+        ({"variables": {"model.lora_rnk": [8]}}, "did you mean 'model.lora_rank'?"),
+        ({"controls": {"weight_decay": 0.1}}, "no 'weight_decay' (optimizer.weight_decay); '+weight_decay' adds it"),
+        ({"controls": {"prompts": {"sistem": "x"}}}, "no 'prompts.sistem'; did you mean 'prompts.system'?"),
+        ({"variables": {"lora_rank": [8, 0, "x"]}}, "'lora_rank' is 0 (int): should be greater than 0"),
+        ({"variables": {"lora_rank": [8, 0, "x"]}}, "'lora_rank' is 'x' (str): should be a valid integer"),
+        ({"controls": {"batch_size": True}}, "'batch_size' is True (bool)"),
+        ({"controls": {"learning_rate": float("nan")}}, "'learning_rate' is nan"),
+        ({"controls": {"metric_logger": "x"}}, "metric_logger is a mapping in the base config (…), here text ('x')"),
+        ({"controls": {"metric_logger": "x"}}, "'~path: null'"),
+        ({"controls": {"+optimizer.lr.x": 1}}, "optimizer.lr is a number in the base config"),
+        ({"controls": {"lora_rank": 8, "model.lora_rank": 8}}, "lora_rank both set model.lora_rank: keep one"),
+        ({"variables": RANKS, "controls": {"model": {"lora_rank": 8}}}, "both set model.lora_rank"),
+        ({"variables": {"prompts": [{"system": "x"}]}, "controls": {"prompts.system": "y"}}, "both set prompts.system"),
+        ({"variables": {"+x.y": [1]}, "controls": {"+x": 2}}, "both set x"),
+        ({"variables": {"+x": [1]}, "controls": {"+x.y": 2}}, "both set x.y"),
+        ({"seeds": [1], "variables": {"seed": [2]}}, "both set seed"),
+        ({"derived": {"lora_rank": "8"}, "variables": RANKS}, "both set model.lora_rank"),
+        ({"controls": {"~model.rank": None}}, "nothing to delete there; did you mean 'model.lora_rank'?"),
+        ({"controls": {"~epochs": 3}}, "'~epochs' deletes, so its value is null, not 3"),
+        ({"variables": RANKS, "derived": {"lora_alpha": "lora_rank / 0"}}, "cannot be worked out: division by zero"),
+        ({"variables": RANKS, "derived": {"lora_alpha": "8 - lora_rank"}}, "gives -8 (int): should be greater"),
+        ({"variables": RANKS, "derived": {"metric_logger.log_dir": "3"}}, "gives is text in the base config"),
+        ({"controls": {"prompts.system": "{experiment_nam}"}}, "{experiment_nam} is unknown; did you mean"),
+        ({"base_config_file": "base.yml"}, "base.yml: no such config file; did you mean 'base.yaml'?"),
+    ],
+)  # fmt: skip
+def test_what_an_experiment_cannot_say(changes: Settings, message: str) -> None:
+    assert message in problems(**changes)
+
+
+def test_all_problems_come_at_once_with_their_lines(run: Run, folder: Path) -> None:
+    write(
+        GRID.replace("batch_size:", "batchsize:")
+        .replace("epochs: 5", "epochs: 0")
+        .replace("seed: 42", "~nothing: 1\n  x: 1")
+    )
+    outcome = run("lacuna", "generate", "experiment.yaml", "--no-validate")
+    assert outcome.code == 2
+    assert not (folder / "configs").exists()
+    for line, words in {6: "'batchsize'", 9: "'epochs' is 0", 10: "'~nothing'", 11: "no 'x'"}.items():
+        assert f"error: experiment.yaml:{line}: " in outcome.output
+        assert words in outcome.output
+    write("experiment_name: e\nvariables:\n  epochs: 3\nseeds: [1, 1]\ntypo: 1\n")
+    outcome = run("lacuna", "generate", "experiment.yaml")
+    assert "experiment.yaml:5: unknown setting 'typo'" in outcome.output
+    assert "experiment.yaml:2: variables: 'epochs' needs a list" in outcome.output
+
+
+def test_whole_numbers_are_compared_exactly() -> None:
+    assert len(plan(variables={"seed": [2**53, 2**53 + 1]}).runs) == 2
+    assert len(plan(variables={"+big": [10**400, 1]}).runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variables": RANKS}, "lora_alpha is 128 in every run while lora_rank varies"),
+        ({"variables": {"batch_size": [2, 4]}}, "averages 16, 32 samples (batch_size × gradient"),
+        ({"variables": {"batch_size": [2, 4]}, "controls": {"max_steps_per_epoch": 5}}, "so the samples seen differ"),
+        ({"variables": {"batch_size": [2, 4]}, "gpus": 2}, "averages 32, 64 samples"),
+        ({"variables": {"packed": [True, False]}}, "dataset.packed varies"),
+        ({"variables": {"max_seq_len": [64, 128]}}, "max_seq_len varies; longer samples are cut"),
+        ({"variables": {"max_seq_len": [64, 128]}, "controls": {"packed": True}}, "so do the samples in a packed row"),
+        ({"variables": {"batch_size": [8, 16]}, "base": SFT}, "a step holds 32768, 65536 tokens"),
+        ({"variables": {"batch_size": [8, 16]}, "base": PRETRAIN}, "so the tokens seen differ"),
+        ({"variables": {"packing": [True, False]}, "base": SFT}, "packing varies"),
+    ],
+)  # fmt: skip
+def test_a_confound_is_said_aloud(changes: Settings, words: str) -> None:
+    assert words in "\n".join(plan(changes.pop("base", OWN), **changes).notes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variables": RATES},
+        {"variables": RANKS, "derived": {"lora_alpha": "2 * lora_rank"}},
+        {"paired": [{"batch_size": rows, "gradient_accumulation_steps": 16 // rows} for rows in (2, 4)]},
+        {"variables": RANKS, "controls": {"~lora_alpha": None}},
+        {"variables": RATES, "base": SFT},
+        {"paired": [{"batch_size": 8, "sequence_length": 64}, {"batch_size": 16, "sequence_length": 32}], "base": SFT},
+        {"variables": RATES, "controls": {"~batch_size": None}},
+    ],
+)  # fmt: skip
+def test_what_is_no_confound_is_not_called_one(changes: Settings) -> None:
+    assert "confound" not in "\n".join(plan(changes.pop("base", OWN), **changes).notes)
+
+
+def test_a_rank_of_zero_in_the_base_is_a_problem_and_no_crash(folder: Path) -> None:
+    (folder / "base.yaml").write_text(BASE.replace("lora_rank: 64", "lora_rank: 0"))
+    (found, _) = plan(variables=RATES).runs
+    assert next(check_run("torchtune", found.id, found.values, 1)).path == "model.lora_rank"
+
+
+CANDIDATES: list[Any] = [
+    True, False, 8, 16, 0.25, 0.5, "cpu", "cuda", "bf16", "fp32", "sdpa", "eager", "pretrained", "random", "last",
+    "best", "none", "wandb", "chat", "text", "drop", "stop",
+]  # fmt: skip
+VALIDATED = {"validation_dataset": "v.jsonl"}
+NEEDS: dict[str, Settings] = {
+    "epochs": {"streaming": False}, "validation_share": {"streaming": False}, "tracker_project": {"tracker": "wandb"},
+    "streaming_window": {"streaming": True}, "validation_split": VALIDATED, "evaluate_every": VALIDATED,
+    "keep_best": VALIDATED, "final_weights": VALIDATED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("trainer", "base"), [("sft", SFT), ("pretrain", PRETRAIN)])
+def test_every_setting_of_lacunas_trainers_can_vary(run: Run, folder: Path, trainer: str, base: Settings) -> None:
+    for name in TRAINERS[trainer].model_fields.keys() - {"trainer"}:
+        values = [value for value in CANDIDATES if value_problem(trainer, name, value) is None][:2]
+        controls = {key: value for key, value in NEEDS.get(name, {}).items() if key in TRAINERS[trainer].model_fields}
+        if name == "streaming_window" or (trainer == "pretrain" and name == "steps"):
+            controls.pop("streaming", None)
+        found = plan(base, variables={name: values}, controls=controls)
+        assert column(found, name) == values, name
+        for made in found.runs:
+            (folder / "run.yaml").write_text(dump_yaml(made.values))
+            outcome = run("lacuna", "explain", "run.yaml")
+            assert outcome.code == 0, (name, outcome.output)
+            shown = str(made.values[name]).lower() if isinstance(made.values[name], bool) else made.values[name]
+            assert f"{name} {shown} run.yaml:" in outcome.output
+
+
+def test_runs_of_lacuna_are_whole_configs_with_folders_of_their_own() -> None:
+    found = plan(SFT, variables=RATES, seeds=[1], controls={"steps": 5, "warmup_steps": 2})
+    assert column(found, "output_dir") == ["runs/sft_qwen/run_000", "runs/sft_qwen/run_001"]
+    for run in found.runs:
+        assert {"epochs", "warmup_share"}.isdisjoint(run.values)
+        assert (run.values["trainer"], run.values["steps"], run.values["seed"]) == ("sft", 5, 1)
+        assert TRAINERS["sft"].model_validate(run.values).warmup_steps == 2
+
+
+def test_epochs_and_steps_replace_each_other_from_layer_to_layer() -> None:
+    assert "epochs" not in plan(SFT, variables={"steps": [5, 6]}).runs[0].values
+    assert "steps" not in plan(SFT, variables={"epochs": [5, 6]}, controls={"steps": 3}).runs[0].values
+    assert "give epochs or steps, not both" in problems(SFT, controls={"epochs": 1, "steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variables": {"learning_rat": [1]}}, "sft has no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"controls": {"dataset": {"data_files": "x"}}}, "'dataset"),
+        ({"controls": {"optimizer.lr": 1}}, "sft has no setting 'optimizer.lr'"),
+        ({"variables": {"batch_size": [4, 6]}}, "batch_size 6 is not a multiple of micro_batch_size 4"),
+        ({"variables": {"precision": ["fp16", "bf16"]}}, "'precision' is 'fp16'"),
+        ({"gpus": 2}, "gpus is for torchtune"),
+        ({"recipe": "x"}, "recipe is for torchtune"),
+        ({"controls": {"trainer": "pretrain"}}, "trainer"),
+    ],
+)  # fmt: skip
+def test_what_lacunas_trainers_cannot_take(changes: Settings, message: str) -> None:
+    assert message in problems(SFT, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("own.toml", "batch_size = 1\n", "no `trainer` key says what this is for"),
+        ("own.toml", 'trainer = "stf"\n', "own.toml:1: no trainer is called 'stf'; did you mean 'sft'?"),
+        ("own.yaml", "{}\n", "the config is empty"),
+        ("own.toml", 'trainer = "sft"\nbatchsize = 4\n', "own.toml:2: unknown setting 'batchsize'; did you mean"),
+    ],
+)  # fmt: skip
+def test_bases_that_are_none(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_text(text)
+    assert message in problems({"experiment_name": "e", "base_config_file": name}, variables={"epochs": [1]})
+
+
+def test_recipe_belongs_to_an_own_file() -> None:
+    base = {"experiment_name": "e", "base_config": "a/b", "recipe": "c"}
+    assert "recipe goes with base_config_file" in problems(base)
+
+
+def test_without_any_torchtune_an_own_file_works_and_a_recipe_says_how(folder: Path) -> None:
+    """A copy of the source elsewhere, beside which there is no environment."""
+    shutil.copytree(ROOT / "src" / "lacuna", folder / "copy" / "src" / "lacuna")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "copy" / "src"), "PATH": "/nowhere"}
+
+    def generate(**experiment: Any) -> Any:
+        program = "import sys; from lacuna import cli; sys.argv = ['lacuna', 'generate', 'e.yaml']; cli.main()"
+        write(experiment, "e.yaml")
+        words = [sys.executable, "-c", program]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    done = generate(experiment_name="e", base_config_file="base.yaml", variables=RANKS)
+    assert "torchtune was not found, so its arguments go unchecked" in done.stderr
+    assert "there is no file /models/tokenizer.model" in done.stderr
+    assert done.returncode == 2
+    done = generate(experiment_name="e", base_config_file="base.yaml", controls={"~tokenizer.path": None})
+    assert done.returncode == 0, done.stderr
+    assert "start one: tune run RECIPE --config configs/run_000.yaml" in done.stderr
+    assert "`make torchtune` builds" in generate(experiment_name="e", base_config="llama3_2/1B_full").stderr
+
+
+def sft(run: Run, *flags: str, output: str = "configs", dataset: str = "data.jsonl", **changes: Any) -> Outcome:
+    """Generate over a base of lacuna's own, whose validation needs no torchtune."""
+    controls = {"dataset": dataset, **changes.pop("controls", {})}
+    experiment = {**SFT, "variables": RATES, **changes, "controls": controls}
+    return run("lacuna", "generate", write(experiment), *flags, output=output)
+
+
+def test_the_same_again_needs_no_force_and_another_one_does(run: Run, folder: Path) -> None:
+    assert sft(run).code == 0
+    before = everything(folder / "configs")
+    assert sft(run).code == 0
+    assert everything(folder / "configs") == before
+    outcome = sft(run, variables={"seed": [1, 2, 3]})
+    assert (outcome.code, everything(folder / "configs")) == (2, before)
+    assert "holds the configs of another experiment" in outcome.output
+    assert "--force" in outcome.output
+
+
+def test_force_replaces_and_removes_stale_runs_but_nothing_else(run: Run, folder: Path) -> None:
+    assert sft(run, variables={"seed": [1, 2, 3]}).code == 0
+    (folder / "configs" / "notes.txt").write_text("mine")
+    assert sft(run, "--force").code == 0
+    assert sorted(everything(folder / "configs")) == ["notes.txt", "run_000.yaml", "run_001.yaml", "run_mapping.yaml"]
+    assert sft(run, output="clean").code == 0
+    (folder / "configs" / "notes.txt").unlink()
+    assert everything(folder / "configs") == everything(folder / "clean")
+
+
+@pytest.mark.parametrize("name", ["run_000.yaml", "run_002.yaml", "run_mapping.yaml"])
+@pytest.mark.parametrize("flags", [[], ["--force"]])
+def test_what_was_edited_by_hand_is_never_replaced(run: Run, folder: Path, name: str, flags: list[str]) -> None:
+    assert sft(run, variables={"seed": [1, 2, 3]}).code == 0
+    file = folder / "configs" / name
+    file.write_text(file.read_text() + "# my note\n")
+    before = everything(folder / "configs")
+    outcome = sft(run, *flags)
+    assert (outcome.code, everything(folder / "configs")) == (2, before)
+    assert name in outcome.output
+    assert "was not generated, or was changed since" in outcome.output
+
+
+@pytest.mark.parametrize("name", ["run_001.yaml", "run_mapping.yaml"])
+def test_foreign_files_are_never_replaced(run: Run, folder: Path, name: str) -> None:
+    (folder / "configs").mkdir()
+    (folder / "configs" / name).write_text("runs: []\n")
+    outcome = sft(run, "--force")
+    assert outcome.code == 2
+    assert f"{name} was not generated" in outcome.output
+    assert everything(folder / "configs") == {name: b"runs: []\n"}
+
+
+@pytest.mark.parametrize("name", ["run_001.yaml", "run_mapping.yaml"])
+def test_a_folder_in_the_way_is_refused(run: Run, folder: Path, name: str) -> None:
+    (folder / "configs" / name / "deep").mkdir(parents=True)
+    outcome = sft(run, "--force")
+    assert outcome.code == 2, outcome.output
+    assert name in outcome.output
+    assert sorted(path.name for path in (folder / "configs").iterdir()) == [name]
+
+
+@pytest.mark.parametrize(("output", "message"), [("data.jsonl", "is a file"), ("/proc/x", "cannot be written")])
+def test_an_output_that_cannot_be_a_folder(run: Run, output: str, message: str) -> None:
+    outcome = sft(run, output=output)
+    assert outcome.code == 2
+    assert message in outcome.output
+
+
+def test_a_failed_validation_leaves_the_folder_and_a_report_beside_it(run: Run, folder: Path) -> None:
+    report = folder / "validation_report.txt"
+    outcome = sft(run, dataset="missing.jsonl")
+    assert outcome.code == 2
+    assert "2 runs (run_000 … run_001): dataset missing.jsonl: no such file" in outcome.output
+    assert str(report.name) in outcome.output
+    assert not (folder / "configs").exists()
+    assert report.read_text().count("missing.jsonl") == 2
+    assert sft(run).code == 0
+    assert not report.exists()
+    before = everything(folder / "configs")
+    assert sft(run, "--force", dataset="missing.jsonl").code == 2
+    assert everything(folder / "configs") == before
+    assert sft(run, output="other").code == 0
+    assert report.exists()
+
+
+def test_a_foreign_report_stays(run: Run, folder: Path) -> None:
+    (folder / "validation_report.txt").write_text("mine")
+    outcome = sft(run, dataset="missing.jsonl")
+    assert "is not a report of lacuna's and stays" in outcome.output
+    assert sft(run).code == 0
+    assert (folder / "validation_report.txt").read_text() == "mine"
+
+
+def test_paths_of_another_machine_are_notes(run: Run) -> None:
+    outcome = sft(run, "--paths", "skip", dataset="missing.jsonl")
+    assert outcome.code == 0
+    assert "note: 2 runs (run_000 … run_001): dataset missing.jsonl: no such file" in outcome.output
+
+
+def test_a_disk_that_is_full_leaves_nothing(folder: Path) -> None:
+    """A limit on the size of written files stands in for the disk."""
+    write({**SFT, "controls": {"dataset": "data.jsonl"}, "variables": {"seed": list(range(30))}})
+    words = ["bash", "-c", f"ulimit -f 2; exec {SCRIPTS / 'lacuna'} generate experiment.yaml --output made"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert not (folder / "made").exists()
+
+
+def killed_while_moving(run: Run, folder: Path) -> None:
+    """The folder as a kill leaves it: one of the new files is in place, the others wait with their mapping."""
+    assert sft(run, variables={"seed": [1, 2, 3]}).code == 0
+    assert sft(run, output="new").code == 0
+    stage = folder / "configs" / ".generating"
+    shutil.copytree(folder / "new", stage)
+    (stage / "run_000.yaml").replace(folder / "configs" / "run_000.yaml")
+
+
+def test_a_kill_while_files_are_moved_is_mended_by_force(run: Run, folder: Path) -> None:
+    killed_while_moving(run, folder)
+    outcome = sft(run)
+    assert outcome.code == 2
+    assert "--force" in outcome.output
+    assert sft(run, "--force", dataset="missing.jsonl").code == 2
+    outcome = sft(run, "--force")
+    assert outcome.code == 0, outcome.output
+    assert everything(folder / "configs") == everything(folder / "new")
+    assert not (folder / "configs" / ".generating").exists()
+
+
+def test_a_real_kill_at_any_time_is_mended_by_force(run: Run, folder: Path) -> None:
+    many = list(range(1500))
+    assert sft(run, variables={"seed": many}).code == 0
+    first = folder / "configs" / "run_0000.yaml"
+    before = first.read_bytes()
+    write({**SFT, "variables": {"seed": many}, "controls": {"dataset": "data.jsonl", "epochs": 1}})
+    process = spawn("lacuna", "generate", "experiment.yaml", "--force")
+    process.wait_until(lambda: first.read_bytes() != before)
+    process.stop(signal.SIGKILL)
+    outcome = run("lacuna", "generate", "experiment.yaml", "--force")
+    assert outcome.code == 0, outcome.output
+    assert run("lacuna", "generate", "experiment.yaml", output="clean").code == 0
+    assert everything(folder / "configs") == everything(folder / "clean")

@@ -175,7 +175,7 @@ FILE = {"source": "json", "data_files": "train.jsonl", "split": "train"}
 INSTRUCTIONS = {"_component_": "torchtune.datasets.instruct_dataset", **FILE}
 CHATS = {**INSTRUCTIONS, "_component_": "torchtune.datasets.chat_dataset", "conversation_column": "messages"}
 WANDB = {"_component_": "torchtune.training.metric_logging.WandBLogger", "project": "p", "mode": "offline"}
-WARMUP = {"num_warmup_steps": 9}
+WARMUP, QUERIES = {"num_warmup_steps": 9}, {"lora_attn_modules": ["q_proj"]}
 MODELS, LOGGERS, LOSSES = "torchtune.models.llama3_2", "torchtune.training.metric_logging", "torchtune.modules.loss"
 FACTS: dict[str, list[Any]] = {
     "model._component_": [f"{MODELS}.lora_llama3_2_999b", "nosuchpkg.models.x", "", None, "torchtune.models", 5],
@@ -249,6 +249,8 @@ MISTYPED_ELSEWHERE: list[tuple[str, Changes, str]] = [
     (FULL, {"optimizer_in_bwd": True, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
     (FULL, {"optimizer_in_bwd": True, "clip_grad_norm": 1.0}, "clip_grad_norm"),
     (FULL, {"model._component_": f"{MODELS}.lora_llama3_2_1b"}, "model.lora_attn_modules"),
+    (FULL, {"model": {"_component_": f"{MODELS}.lora_llama3_2_1b", **QUERIES}}, "model._component_"),
+    (LORA, {"model": {"_component_": f"{MODELS}.llama3_2_1b"}}, "model.lora_rank"),
     (DPO, {"loss._component_": f"{LOSSES}.CEWithChunkedOutputLoss"}, "loss.beta"),
 ]  # fmt: skip
 HARMLESS: list[tuple[str, Changes]] = [
@@ -284,7 +286,7 @@ def test_every_broken_config_is_refused_with_its_place_and_harmless_ones_are_not
         *MISTYPED_ELSEWHERE,
         *((name, changes, None) for name, changes in HARMLESS),
     ]
-    assert len(cases) - len(from_facts) - len(HARMLESS) == 103
+    assert len(cases) - len(from_facts) - len(HARMLESS) == 105
     wrong = []
     found = find_problems(tmp_path, environment, [(name, changes) for name, changes, _ in cases])
     for (name, changes, place), problems in zip(cases, found, strict=True):
@@ -420,6 +422,11 @@ def test_a_config_without_a_counterpart_stays_under_the_other_recipe() -> None:
 def test_one_gpu_takes_a_distributed_config_back_to_a_single_device() -> None:
     planned = design(experiment(base_config=DISTRIBUTED, gpus=1, variables={"epochs": [1, 2]}))
     assert (planned.base.name, planned.base.recipe) == (LORA, "lora_finetune_single_device")
+
+
+def test_a_distributed_recipe_is_started_by_torchrun_even_on_one_device(environment: torchtune.Environment) -> None:
+    command = torchtune.command(environment, "lora_finetune_distributed", 1, "run_000.yaml")
+    assert command[1:4] == ["run", "--nproc_per_node", "1"]
 
 
 def test_a_recipe_without_a_counterpart_is_refused() -> None:

@@ -1,6 +1,7 @@
 """What is wrong with a run's config and shows without a trainer: values, folders, data files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("latin.csv").write_bytes(b"input,output\n\xe9,b\n")
     Path("empty.jsonl").write_text("")
     Path("folder").mkdir()
+    Path("large.json").write_text("[\n")
+    os.truncate("large.json", 600 * 2**20)
 
 
 def found(gpus: int = 1, **values: Any) -> list[Problem]:
@@ -54,6 +57,7 @@ def dataset(files: Any, source: Any = "json", component: str = INSTRUCT, **other
         dataset("rows.jsonl"),
         dataset("list.json"),
         dataset("one_line.json"),
+        dataset("large.json"),
         dataset("nested.json", field="train"),
         dataset("rows.csv", "csv"),
         dataset("rows.parquet", "parquet"),
@@ -85,7 +89,7 @@ CHAT = "torchtune.datasets.chat_dataset"
         (dataset("none.jsonl"), "dataset.data_files there is no file none.jsonl"),
         (dataset("rows.jsonl", "org/name"), "dataset.data_files names files, but the source is 'org/name'"),
         (dataset("rows.jsonl", None), "but the source is the component's own hub data set"),
-        ({"_component_": INSTRUCT, "source": "rows.csv"}, "dataset.source rows.csv is a file: write source: csv and data"),
+        ({"_component_": INSTRUCT, "source": "rows.csv"}, "rows.csv is a file: write source: csv and data"),
         ({"_component_": INSTRUCT, "source": "rows.txt"}, "write source: text and data_files: rows.txt"),
         (dataset("rows.jsonl", split="test"), "dataset.split is 'test', but files without a name are all 'train'"),
         (dataset("nested.json"), "nested.json is one object over several lines, no rows: name the list in it"),
@@ -99,18 +103,18 @@ CHAT = "torchtune.datasets.chat_dataset"
         (dataset("numbers.json", field="train"), "numbers.json"),
         (dataset("words.json", field="train"), "words.json"),
         (dataset("nested.json", field=["train"]), "dataset.field"),
-        (dataset("rows.jsonl", column_map={"input": "question"}), "dataset.column_map lacks output, which torchtune wants"),
+        (dataset("rows.jsonl", column_map={"input": "question"}), "dataset.column_map lacks output, which"),
         (dataset("rows.jsonl", column_map={}), "dataset.column_map lacks input and output"),
         (
             dataset("rows.jsonl", column_map={"input": "question", "output": "output"}),
             "rows.jsonl has no column 'question'; it has 'input', 'output': set column_map",
         ),
-        (dataset("rows.csv", "csv", CHAT, conversation_column="c"), "no column 'c'; it has 'input', 'output': set conversation"),
-        (dataset("rows.csv", "csv", "x.text_completion_dataset"), "no column 'text'; it has 'input', 'output': set column,"),
+        (dataset("rows.csv", "csv", CHAT, conversation_column="c"), "no column 'c'; it has 'input', 'output': set con"),
+        (dataset("rows.csv", "csv", "x.text_completion_dataset"), "no column 'text'; it has 'input', 'output': set"),
         (dataset("rows.jsonl", component="x.alpaca_dataset"), "no column 'instruction'"),
         (dataset("rows.jsonl", component="x.preference_dataset"), "no column 'chosen'"),
         (dataset("rows.jsonl", component=CHAT, conversation_style="chatml"), "dataset.conversation_style is 'chatml'"),
-        (dataset(["empty.jsonl", "empty.jsonl"]), "batch_size 0 rows are fewer than one step"),
+        (dataset(["empty.jsonl", "empty.jsonl"]), "batch_size 0 rows"),
         (dataset("empty.jsonl", packed=True), "empty.jsonl"),
     ],
 )  # fmt: skip
@@ -119,7 +123,7 @@ def test_data_that_do_not_fit_are_named(section: Settings, message: str) -> None
 
 
 def test_fewer_rows_than_a_step_are_told_with_the_sum() -> None:
-    step = {"batch_size": 2, "gradient_accumulation_steps": 2, "dataset": dataset("rows.jsonl")}
+    step: Settings = {"batch_size": 2, "gradient_accumulation_steps": 2, "dataset": dataset("rows.jsonl")}
     assert lines(**step) == ""
     assert "4 rows are fewer than one step of 2 × 2 accumulated × 2 devices" in lines(2, **step)
     assert "4 rows are fewer than one step of 2 × 4 accumulated: no step" in lines(
@@ -173,7 +177,7 @@ def test_places_and_values_that_cannot_be(values: Settings, path: str, message: 
     [
         checkpointer("folder"),
         checkpointer("folder", "folder_2/x"),
-        {"checkpointer": {"checkpoint_dir": None}, "tokenizer": {"path": None}, "dataset": [1], "dtype": None},
+        {"checkpointer": {"x": 1}, "tokenizer": {"path": None}, "dataset": [1]},
         {"checkpointer": {"checkpoint_dir": "${oc.env:MODELS}/x"}},
         {"checkpointer": {"checkpoint_dir": "${a}"}, "a": "${b}", "b": "${a}"},
         {"tokenizer": {"path": "${nowhere}/x"}},

@@ -118,7 +118,8 @@ def test_the_grid_of_the_plan_gives_nine_configs(run: Run, folder: Path) -> None
     assert all(line in outcome.output for line in shown)
     assert "✓ Loaded base config: base.yaml ✓ Generated 9 configs in configs/ - configs/run_000" in outcome.output
     assert "- configs/run_000.yaml (learning_rate=0.0001, batch_size=2) - configs/run_001.yaml" in outcome.output
-    assert "✓ Created run_mapping.yaml start one: " in outcome.output
+    assert "- configs/run_008.yaml (learning_rate=0.0005, batch_size=8) ✓ Created run_mapping.yaml" in outcome.output
+    assert "start one: " in outcome.output
     assert "not validated" in outcome.output
     configs = [yaml.safe_load((folder / "configs" / f"run_{i:03d}.yaml").read_text()) for i in range(9)]
     grid = [(config["optimizer"]["lr"], config["batch_size"]) for config in configs]
@@ -262,13 +263,14 @@ def test_names_in_texts_are_filled_wherever_they_stand() -> None:
         ("/s/out/", ["/s/out/run_000", "/s/out/run_001"]),
         ("out/rank_{lora_rank}", ["out/rank_8", "out/rank_16"]),
         ("out/alpha_{lora_alpha}", ["out/alpha_16", "out/alpha_32"]),
+        ("out/own_{own}", ["out/own_9", "out/own_17"]),
         ("{experiment_name}", ["study/run_000", "study/run_001"]),
         ("{name}/x", ["org_m/x/run_000", "org_m/x/run_001"]),
     ],
 )
 def test_each_run_has_its_own_folder(given: str, folders: list[str]) -> None:
     controls = {"output_dir": given, "+name": "org/m"}
-    found = plan(variables=RANKS, derived={"lora_alpha": "2 * lora_rank"}, controls=controls)
+    found = plan(variables=RANKS, derived={"lora_alpha": "2 * lora_rank", "+own": "lora_rank + 1"}, controls=controls)
     assert column(found, "output_dir") == [run.output_dir for run in found.runs] == folders
 
 
@@ -453,8 +455,9 @@ def test_runs_of_lacuna_are_whole_configs_with_folders_of_their_own() -> None:
 
 def test_epochs_and_steps_replace_each_other_from_layer_to_layer() -> None:
     assert "epochs" not in plan(SFT, variables={"steps": [5, 6]}).runs[0].values
-    assert "steps" not in plan(SFT, variables={"epochs": [5, 6]}, controls={"steps": 3}).runs[0].values
+    assert "steps" not in plan(PRETRAIN, variables={"epochs": [5, 6]}, controls={"streaming": False}).runs[0].values
     assert "give epochs or steps, not both" in problems(SFT, controls={"epochs": 1, "steps": 2})
+    assert "epochs or steps" in problems(SFT, controls={"epochs": 1}, variables={"steps": [2, 3]})
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_a_run_matches_where_all_settings_agree() -> None:
     assert matches({"a": 1, "b": 2}, {"a": 1, "b": 2})
     assert not matches({"a": 1, "b": 2}, {"a": 1, "b": 3})
     assert not matches({"a": 1}, {"c": 1})
+    assert not matches({"a": True}, {"a": 1})
 
 
 NAMES: dict[str, Any] = {"lora_rank": 8, "optimizer.lr": 0.5, "max": 4, "modules": ["a"], "text": "t", "none": None}

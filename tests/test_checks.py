@@ -114,7 +114,7 @@ CHAT = "torchtune.datasets.chat_dataset"
         (dataset("rows.jsonl", component="x.alpaca_dataset"), "no column 'instruction'"),
         (dataset("rows.jsonl", component="x.preference_dataset"), "no column 'chosen'"),
         (dataset("rows.jsonl", component=CHAT, conversation_style="chatml"), "dataset.conversation_style is 'chatml'"),
-        (dataset(["empty.jsonl", "empty.jsonl"]), "batch_size 0 rows"),
+        (dataset(["empty.jsonl", "empty.jsonl"]), "batch_size 0 rows of empty.jsonl, empty.jsonl are fewer"),
         (dataset("empty.jsonl", packed=True), "empty.jsonl"),
     ],
 )  # fmt: skip

@@ -137,10 +137,12 @@ def test_half_a_character_is_refused() -> None:
         dump_yaml({"key": "a\ud83d"})
 
 
-def test_a_long_key_is_read_back() -> None:
-    values = {"k" * 2000: 1, "after": 2}
+def test_a_key_that_no_reader_takes_is_not_written() -> None:
+    values = {"k" * 1000: 1, "after": 2}
     assert read(dump_yaml(values)) == values
     assert yaml.safe_load(dump_yaml(values)) == values
+    with pytest.raises(ConfigError, match="has 1001 characters"):
+        dump_yaml({"k" * 1001: 1})
 
 
 def test_every_key_has_its_line() -> None:

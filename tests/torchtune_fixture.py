@@ -18,6 +18,7 @@ from lacuna.config.yaml_format import dump_yaml
 from lacuna.experiment import torchtune
 from lacuna.experiment.checks import Problem, check_run
 from lacuna.experiment.merge import MISSING, get, merge, nested, without
+from lacuna.experiment.recipe import check_recipe
 
 ROOT = Path(__file__).parent.parent
 TORCHTUNE_PYTHON = str(ROOT / ".venv-torchtune" / "bin" / "python")
@@ -142,7 +143,9 @@ def find_problems(
             id = f"{index} {mode}"
             requests.append({"id": id, "file": str(file), "recipe": recipe.recipe, "touched": touched})
             found += [p for p in check_run("torchtune", id, values, 1) if not p.is_local or p.path in changes]
-    found += torchtune.validate(environment, requests, shipped=False)
+            facts = torchtune.facts_of(environment, recipe.recipe)
+            found += [replace(p, run=id) for p in check_recipe(facts, values, touched, is_shipped=mode == "set")]
+    found += torchtune.validate(environment, requests)
     by_case: list[list[Problem]] = [[] for _ in cases]
     for problem in found:
         index, mode = problem.run.split()

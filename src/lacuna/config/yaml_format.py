@@ -24,6 +24,10 @@ CORE_SCALARS = [
 
 LARGEST = 1_000_000
 """Values in a document, counting what an alias repeats: ten lines of aliases could otherwise fill the memory."""
+DEEPEST = 3_000
+"""Levels of nesting; libyaml's composer ends the process at some 20,000."""
+LONGEST_KEY = 1_000
+"""Characters. # ref: https://yaml.org/spec/1.2.2/#example-single-pair-explicit-entry"""
 
 
 class YamlLoader(yaml.CSafeLoader):
@@ -73,6 +77,11 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
     Raises ConfigError: broken syntax, a duplicate key, no mapping at the top, or a document without end.
     """
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=YamlLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ConfigError(f"{name}: not readable: nested too deeply")
         loader = YamlLoader(text)
         loader.name = name
         root = loader.get_single_node()
@@ -83,8 +92,6 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, KeyError) as error:
         raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: not readable: nested too deeply") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: a config is a mapping of names to values, this is a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, lines
@@ -93,20 +100,20 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 def _lines(root: Any, name: str) -> dict[str, int]:
     """Dotted path to line. Raises ConfigError for a document that aliases make endless or huge."""
     lines: dict[str, int] = {}
-    waiting: list[tuple[Any, str]] = [(root, "")]
+    waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
     count = 0
     while waiting:
-        node, prefix = waiting.pop()
+        node, prefix, depth = waiting.pop()
         count += 1
-        if count > LARGEST:
+        if count > LARGEST or depth > DEEPEST:
             raise ConfigError(f"{name}:{node.start_mark.line + 1}: an alias contains itself, or repeats too much")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
-                    waiting.append((value, f"{prefix}{key.value}."))
+                    waiting.append((value, f"{prefix}{key.value}.", depth + 1))
         elif isinstance(node, yaml.SequenceNode):
-            waiting += [(item, f"{prefix}{index}.") for index, item in enumerate(node.value)]
+            waiting += [(item, f"{prefix}{index}.", depth + 1) for index, item in enumerate(node.value)]
     return lines
 
 
@@ -121,7 +128,7 @@ def dump_yaml(values: dict[str, Any]) -> str:
         lead, mapping_indent, list_indent, value = waiting.pop()
         follows_dash = not lead or lead.endswith("-")
         if isinstance(value, dict) and value:
-            parts = [(f"{_scalar(key)}:", f"{mapping_indent}  ", mapping_indent, item) for key, item in value.items()]
+            parts = [(f"{_key(key)}:", f"{mapping_indent}  ", mapping_indent, item) for key, item in value.items()]
             indent = mapping_indent
         elif isinstance(value, list | tuple) and value:
             parts = [("-", f"{list_indent}  ", f"{list_indent}  ", item) for item in value]
@@ -136,6 +143,13 @@ def dump_yaml(values: dict[str, Any]) -> str:
             heads[0] = f"{lead} {parts[0][0]}" if lead else parts[0][0]
         waiting += [(head, *part[1:]) for head, part in zip(heads, parts, strict=True)][::-1]
     return "\n".join(lines) + "\n"
+
+
+def _key(value: Any) -> str:
+    text = _scalar(value)
+    if len(text) > LONGEST_KEY:
+        raise ConfigError(f"the key {text[:40]}… has {len(text)} characters; YAML's readers take {LONGEST_KEY}")
+    return text
 
 
 def _scalar(value: Any) -> str:

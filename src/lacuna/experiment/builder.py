@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from lacuna import __version__
+from lacuna.config.files import Layer, read_layer
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment import torchtune
-from lacuna.experiment.checks import check_run
 from lacuna.experiment.folder import digest, summarise
-from lacuna.experiment.loaders import Base, load_file, load_recipe
+from lacuna.experiment.generator import check_configs
+from lacuna.experiment.loaders import Base, load_own, load_recipe
 from lacuna.experiment.merge import MISSING, copied, get, leaves, merge, nested, without
-from lacuna.experiment.parameters import place
+from lacuna.experiment.parameters import find_path, place
 from lacuna.runs.folder import write_whole
 
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -44,21 +45,23 @@ class TorchtuneConfigBuilder:
     @classmethod
     def from_file(cls, path: str | Path, *, torchtune_python: str | None = None) -> Self:
         """Start from an own torchtune config. Raises ConfigError where it cannot be read, or is not torchtune's."""
-        builder = cls.__new__(cls)
-        base = load_file(Path(path), None, None, torchtune_python)
-        if base.trainer != "torchtune":
-            raise ConfigError(f"{path}: this is a config for {base.trainer}, not for torchtune")
-        builder._start(base, {"file": str(path), "sha256": digest(Path(path).read_bytes())})
-        return builder
+        source = {"file": str(path), "sha256": digest(Path(path).read_bytes()) if Path(path).is_file() else None}
+        return cls._from_layer(read_layer(path), source, torchtune_python)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, torchtune_python: str | None = None) -> Self:
         """Start from a mapping, which stays as it is."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "config.yaml")
-            path.write_text(dump_yaml(dict(config)), encoding="utf-8")
-            builder = cls.from_file(path, torchtune_python=torchtune_python)
-        builder._source = {"mapping": digest(dump_yaml(dict(config)).encode())}
+        values = dict(config)
+        source = {"mapping": True, "sha256": digest(dump_yaml(values).encode())}
+        return cls._from_layer(Layer("the mapping", values), source, torchtune_python)
+
+    @classmethod
+    def _from_layer(cls, layer: Layer, source: dict[str, Any], torchtune_python: str | None) -> Self:
+        builder = cls.__new__(cls)
+        base = load_own(layer, None, None, torchtune_python)
+        if base.trainer != "torchtune":
+            raise ConfigError(f"{layer.name}: this is a config for {base.trainer}, not for torchtune")
+        builder._start(base, source)
         return builder
 
     @staticmethod
@@ -91,10 +94,10 @@ class TorchtuneConfigBuilder:
 
     def delete(self, path: str) -> Self:
         """Take out what stands at a dotted path. Raises ConfigError where nothing does."""
-        if get(self._values, path) is MISSING:
-            _, wrong = place("torchtune", self._values, path, [])
-            raise ConfigError(f"nothing to delete: {wrong[0] if wrong else path}")
-        self._values = without(self._values, path)
+        found, missing = find_path(path, "torchtune", self._values)
+        if missing or get(self._values, found) is MISSING:
+            raise ConfigError(f"nothing to delete: {missing or path}")
+        self._values = without(self._values, found)
         self._changes.append({"delete": path})
         return self
 
@@ -109,10 +112,14 @@ class TorchtuneConfigBuilder:
         Raises ConfigError, with nothing written, where the file is not one that a builder saved, or was changed since.
         """
         path = Path(path)
+        if path.suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{path}: a torchtune config ends in .yaml or .yml")
         meta = path.with_suffix(".meta.yaml")
         text = dump_yaml(self._values)
-        if path.exists() and digest(path.read_bytes()) not in (digest(text.encode()), _saved(meta)):
-            raise ConfigError(f"{path} was not saved by a builder, or was changed since: move it away")
+        saved = _saved(meta) if meta.exists() else None
+        current = digest(path.read_bytes()) if path.is_file() else None
+        if (meta.exists() and saved is None) or (path.exists() and current not in (digest(text.encode()), saved or "")):
+            raise ConfigError(f"{path} or {meta} was not saved by a builder, or was changed since: move it away")
         facts = {
             "source": self._source,
             "versions": {"lacuna": __version__, "torchtune": torchtune.VERSION},
@@ -130,18 +137,11 @@ class TorchtuneConfigBuilder:
 
     def validate(self, *, check_paths: bool = True) -> Self:
         """Run every check of `lacuna generate` on this config. Raises ConfigError with all problems."""
-        problems = list(check_run("torchtune", "config", self._values, self._base.gpus))
-        environment = self._base.environment
-        if environment is None:
+        if self._base.environment is None:
             raise ConfigError(torchtune.HOW_TO_GET_IT)
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "config.yaml")
-            file.write_text(dump_yaml(self._values), encoding="utf-8")
-            touched = sorted(self._touched)
-            run = {"id": "config", "file": str(file), "recipe": self._base.recipe, "touched": touched}
-            known = {problem.path for problem in problems}
-            found = torchtune.validate(environment, [run], self._base.is_shipped)
-        problems += [problem for problem in found if problem.path not in known]
+            Path(folder, "config.yaml").write_text(dump_yaml(self._values), encoding="utf-8")
+            problems = check_configs(self._base, {"config": self._values}, sorted(self._touched), Path(folder))
         if errors := [problem for problem in problems if check_paths or not problem.is_local]:
             raise ConfigError(summarise(errors))
         return self
@@ -278,9 +278,12 @@ def _head(path: str) -> str:
 
 
 def _saved(meta: Path) -> str | None:
-    """The hash of the config that a meta file belongs to."""
-    if not meta.exists():
+    """The hash of the config that a builder's meta file belongs to; None where the file is another one."""
+    if not meta.is_file():
         return None
-    values, _ = parse_yaml(meta.read_text(encoding="utf-8"), str(meta))
-    found = values.get("sha256")
+    try:
+        values, _ = parse_yaml(meta.read_text(encoding="utf-8"), str(meta))
+    except (ConfigError, UnicodeDecodeError):
+        return None
+    found = values.get("sha256") if "changes" in values else None
     return found if isinstance(found, str) else None

@@ -78,11 +78,18 @@ def _resolved(values: Mapping[str, Any], value: Any) -> Any:
     for _ in range(8):
         if not isinstance(value, str) or "${" not in value:
             return value
+        names = re.findall(r"\$\{([\w.]+)\}", value)
+        if not names or any(isinstance(found := get(values, name), dict | list) or found is MISSING for name in names):
+            return None
         value = re.sub(r"\$\{([\w.]+)\}", lambda found: str(get(values, found[1])), value)
     return None
 
 
 def _checkpointer(values: Mapping[str, Any], section: str, node: Mapping[str, Any]) -> Iterator[Problem]:
+    files = node.get("checkpoint_files")
+    if isinstance(files, dict) and not {"filename_format", "max_filename"} <= set(files):
+        what = f"is {files}, and needs filename_format and max_filename"
+        yield Problem("", f"{section}.checkpoint_files", what, "give both, or a list of files")
     folder = _resolved(values, node.get("checkpoint_dir"))
     output = _resolved(values, node.get("output_dir"))
     if not isinstance(folder, str):
@@ -97,7 +104,6 @@ def _checkpointer(values: Mapping[str, Any], section: str, node: Mapping[str, An
     if not Path(folder).is_dir():
         yield Problem("", f"{section}.checkpoint_dir", f"there is no folder {folder}", "download the model there", True)
         return
-    files = node.get("checkpoint_files")
     for name in files if isinstance(files, list) else []:
         if isinstance(name, str) and not Path(folder, name).is_file():
             what = f"there is no file {Path(folder, name)}"
@@ -123,7 +129,9 @@ def _dataset(values: Mapping[str, Any], data: Mapping[str, Any], gpus: int) -> I
         yield Problem("", "dataset.source", f"{source} is a file", f"write source: {kind} and data_files: {source}")
     if files is None or not isinstance(files, str | list | dict):
         return
-    if source not in SOURCES and not (isinstance(source, str) and Path(source).is_dir()):
+    if isinstance(source, str) and Path(source).is_dir():
+        return
+    if source not in SOURCES:
         default = "the component's own hub data set" if source is None else repr(source)
         what = f"names files, but the source is {default}"
         yield Problem("", "dataset.data_files", what, "add source: json (or csv, parquet, text) beside it")
@@ -138,6 +146,9 @@ def _dataset(values: Mapping[str, Any], data: Mapping[str, Any], gpus: int) -> I
 def _rows(
     values: Mapping[str, Any], data: Mapping[str, Any], component: str, source: str, files: list[str], gpus: int
 ) -> Iterator[Problem]:
+    if not isinstance(data.get("field"), str | None):
+        yield Problem("", "dataset.field", f"is {data['field']!r}", "write the name of the list in the file")
+        return
     local = [file for file in files if "://" not in file and not any(mark in file for mark in "*?[")]
     absent = [file for file in local if not Path(file).exists()]
     for file in absent:
@@ -149,12 +160,18 @@ def _rows(
     needed = max(1, sizes[0] * sizes[1] * gpus)
     count = 0
     for file in local:
-        rows, problem = sample_rows(file, source, data.get("field"), needed - count)
+        stat = Path(file).stat()
+        rows, problem = sample_rows(file, source, data.get("field"), needed - count, (stat.st_mtime_ns, stat.st_size))
+        if rows is None:
+            return
         if problem is not None:
             path, what, todo = problem
             yield Problem("", f"dataset.{path}", what, todo)
             return
         count += len(rows)
+        if rows and not isinstance(rows[0], dict):
+            yield Problem("", "dataset.data_files", f"{file} holds {rows[0]!r} where a row should be", "write objects")
+            return
         if rows and (unknown := [name for name in needed_columns(component, data) if name not in rows[0]]):
             what = f"{file} has no column {unknown[0]!r}; it has {', '.join(map(repr, rows[0]))}"
             setting = {"chat_dataset": "conversation_column", "text_completion_dataset": "column"}
@@ -165,12 +182,13 @@ def _rows(
         if count >= needed:
             return
     if (
-        not data.get("packed")
+        (count == 0 or not data.get("packed"))
         and data.get("split", "train") == "train"
         and not isinstance(data.get("data_files"), dict)
     ):
-        devices = f" × {gpus} devices" if gpus > 1 else ""
-        what = f"{count} rows are fewer than one step of {sizes[0]} × {sizes[1]} accumulated{devices}: no step at all"
+        rows = f"{count} rows" if count else f"0 rows of {', '.join(local)}"
+        step = f"{sizes[0]} × {sizes[1]} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
+        what = f"{rows} are fewer than one step of {step}: no step at all"
         yield Problem("", "batch_size", what, "lower batch_size or gradient_accumulation_steps")
 
 
@@ -191,9 +209,12 @@ def needed_columns(component: str, data: Mapping[str, Any]) -> list[str]:
 
 @cache
 def sample_rows(
-    file: str, source: str, field: str | None, limit: int
-) -> tuple[list[dict[str, Any]], tuple[str, str, str] | None]:
-    """The first rows as datasets.load_dataset would read them, or path, what and what to do."""
+    file: str, source: str, field: str | None, limit: int, version: tuple[int, int]
+) -> tuple[list[Any] | None, tuple[str, str, str] | None]:
+    """The first rows as datasets.load_dataset would read them, or path, what and what to do; None: not looked at.
+
+    version: tells a file that has changed from the one that was read before.
+    """
     if field is not None and source != "json":
         return [], ("field", f"{source} files have none", "leave field out")
     try:
@@ -204,6 +225,11 @@ def sample_rows(
             with open(file, encoding="utf-8") as lines:
                 return [{"text": line} for line in itertools.islice(lines, limit)], None
         if source == "parquet":
+            with open(file, "rb") as start:
+                if start.read(4) != b"PAR1":
+                    return [], ("data_files", f"{file} is not readable parquet", "correct `source`")
+            if Path(file).suffix != ".parquet":
+                return None, None
             rows = itertools.islice(read_file(Path(file)), limit)
             return [row.values for row in rows if not isinstance(row, Broken)], None
         return _json_rows(file, field, limit)
@@ -211,24 +237,25 @@ def sample_rows(
         return [], ("data_files", f"{file} is not readable {source}: {error}", "correct the file, or `source`")
 
 
-def _json_rows(file: str, field: str | None, limit: int) -> tuple[list[dict[str, Any]], tuple[str, str, str] | None]:
+def _json_rows(file: str, field: str | None, limit: int) -> tuple[list[Any] | None, tuple[str, str, str] | None]:
     with open(file, encoding="utf-8-sig") as text:
         first = next((line for line in text if line.strip()), "")
         lines = itertools.chain([first], text)
         is_list = first.lstrip().startswith("[")
+        if not first:
+            return [], None
         if field is None and not is_list:
             try:
                 json.loads(first)
             except ValueError:
                 what = f"{file} is one object over several lines, no rows"
                 return [], ("data_files", what, "name the list in it, as field: train")
-            rows = (json.loads(line) for line in itertools.islice((line for line in lines if line.strip()), limit))
-            return [row for row in rows if isinstance(row, dict)], None
+            return [json.loads(line) for line in itertools.islice(filter(str.strip, lines), limit)], None
         if Path(file).stat().st_size > LARGEST_JSON:
-            return [{}] * limit, None
+            return None, None
         whole = json.loads(first + text.read())
     if field is None:
-        return [row for row in whole[:limit] if isinstance(row, dict)], None
+        return whole[:limit], None
     if not isinstance(whole, dict):
         return [], ("field", f"is {field!r}, but {file} is a plain list of rows", "delete field")
     if not isinstance(whole.get(field), list):

@@ -26,7 +26,9 @@ def _listed(values: list[Any]) -> str:
 def _torchtune(experiment: Experiment, runs: Sequence[Mapping[str, Any]], gpus: int) -> list[str]:
     notes = []
     scales = [(get(run, "model.lora_alpha"), get(run, "model.lora_rank")) for run in runs]
-    ratios = {alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int)}
+    ratios = {
+        alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int) and rank
+    }
     if _varies(runs, "model.lora_rank") and not _varies(runs, "model.lora_alpha") and len(ratios) > 1:
         notes.append(
             f"confound: lora_alpha is {scales[0][0]} in every run while lora_rank varies, so the adapter's scale "

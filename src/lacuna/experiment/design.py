@@ -51,7 +51,7 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
     places, touched = _find_places(experiment, base.trainer, values, layer, problems)
     combined = _kept(experiment)
     width = max(3, len(str(len(combined) - 1)))
-    composer = _Composer(experiment, base.trainer, values, places, layer)
+    composer = _Composer(experiment, base, values, places, layer)
     wrong: dict[str, None] = {}
     runs = []
     for index, varied in enumerate(combined):
@@ -70,14 +70,15 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
 class _Composer:
     """What all runs of an experiment share, worked out once."""
 
-    def __init__(self, experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> None:
-        self.experiment, self.trainer, self.base, self.places, self.layer = experiment, trainer, base, places, layer
+    def __init__(self, experiment: Experiment, base: Base, values: Values, places: Places, layer: Layer) -> None:
+        self.experiment, self.base, self.values, self.places, self.layer = experiment, base, values, places, layer
+        self.trainer = base.trainer
         controls: Values = {}
         for name, value in experiment.controls.items():
             if not name.startswith("~"):
                 controls = merge(controls, nested(places["controls", name], value))
         self.controls = controls
-        self.settled = merge(base, controls)
+        self.settled = merge(values, controls)
         self.texts = [(path, value) for path, value in leaves(controls) if "{" in str(value)]
         scalars = {
             name.removeprefix("+"): value
@@ -86,7 +87,7 @@ class _Composer:
         }
         self.fixed = {"experiment_name": experiment.experiment_name, **scalars}
         varying = [*experiment.variables, *(experiment.paired or [{}])[0], *(["seed"] * bool(experiment.seeds))]
-        self.varying = {name.removeprefix("+") for name in varying}
+        self.varying = {name.removeprefix("+") for name in [*varying, *experiment.derived]}
         self.lines = {
             path: line for (section, name), path in places.items() if (line := layer.lines.get(f"{section}.{name}"))
         }
@@ -123,7 +124,7 @@ class _Composer:
         result = evaluate(expression, {**numbers, **names})
         if isinstance(result, float) and result.is_integer() and expects_whole_number(self.trainer, path):
             result = int(result)
-        conflict = next((how for _, how in type_conflicts(self.base, nested(path, result))), None)
+        conflict = next((how for _, how in type_conflicts(self.values, nested(path, result))), None)
         if wrong := value_problem(self.trainer, path, result) or conflict:
             raise ValueError(f"derived {name!r}: {expression!r} gives {wrong}")
         return result
@@ -133,7 +134,7 @@ class _Composer:
         given = get(merge(self.settled, override), "output_dir")
         if not isinstance(given, str):
             return override, None
-        is_own = "output_dir" in self.varying or names_in(given) & {*self.varying, *self.experiment.derived}
+        is_own = "output_dir" in self.varying or names_in(given) & self.varying
         folder = fill(given, names, in_path=True)
         folder = folder if is_own else f"{folder.rstrip('/')}/{id}"
         return merge(override, {"output_dir": folder}), folder
@@ -143,9 +144,8 @@ class _Composer:
         if self.trainer == "torchtune":
             return merge(self.settled, override)
         layers = [
-            Layer("the base config", self.base),
-            Layer(self.layer.name, self.controls, self.lines),
-            Layer(self.layer.name, override, self.lines),
+            Layer(self.base.name, self.values, self.base.lines),
+            Layer(self.layer.name, merge(self.controls, override), self.lines),
         ]
         config = check(TRAINERS[self.trainer], *merge_layers(layers, ALTERNATIVES), has_flags=False)
         dumped = {name: value for name, value in config.model_dump().items() if value is not None}
@@ -175,7 +175,8 @@ def _collisions(trainer: str, runs: list[Run]) -> list[str]:
             problems.append(f"output_dir: the folder of {id}, {folder}, lies in that of {owners[above]}")
     for path, value in leaves(runs[0].values) if trainer == "torchtune" and len(runs) > 1 else []:
         is_folder = path.endswith((".output_dir", ".log_dir")) and isinstance(value, str) and "${" not in value
-        if is_folder and all(get(run.values, path) == value for run in runs):
+        is_off = get(runs[0].values, f"{path.rpartition('.')[0]}.enabled") is False
+        if is_folder and not is_off and all(get(run.values, path) == value for run in runs):
             problems.append(
                 f"{path} is {value} for every run: write ${{output_dir}} there, such as ${{output_dir}}/logs"
             )

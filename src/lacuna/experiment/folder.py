@@ -14,6 +14,8 @@ from lacuna.runs.folder import write_whole
 
 MAPPING = "run_mapping.yaml"
 STAGE = ".generating"
+READY = ".generated"
+"""A stage that was found right and is being moved in."""
 REPORT = "validation_report.txt"
 
 
@@ -25,66 +27,74 @@ def digest(content: bytes) -> str:
 def staged(output: Path, files: Mapping[str, str], force: bool) -> Iterator[Path]:
     """Write the files aside, give that folder to the caller, and move them in if nothing was raised.
 
+    A kill while they are moved is made good by the next call, which goes on where it stopped.
     Raises ConfigError, before anything is written, where a file is in the way: one that was not generated, or was
     changed since, or, without force, one of another experiment.
     """
     contents = {name: text.encode() for name, text in files.items()}
-    leftovers = _refuse_overwriting(output, contents, force)
+    stage, ready = output / STAGE, output / READY
+    if ready.exists():
+        _move_in(ready, output)
+    _refuse_overwriting(output, contents, force)
     is_new = not output.exists()
-    stage = output / STAGE
     try:
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         for name, content in contents.items():
             (stage / name).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror}") from None
-    try:
         yield stage
-    except BaseException:
-        shutil.rmtree(stage)
-        if is_new:
+        stage.rename(ready)
+        _move_in(ready, output)
+    except BaseException as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        if is_new and output.exists() and not any(output.iterdir()):
             output.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{output}: cannot be written: {error.strerror}") from None
         raise
-    for name in leftovers:
-        (output / name).unlink()
-    for name in contents:
-        (stage / name).replace(output / name)
-    stage.rmdir()
 
 
-def _refuse_overwriting(output: Path, contents: Mapping[str, bytes], force: bool) -> list[str]:
-    """The files of an earlier generation that the new one has no use for."""
+def _move_in(ready: Path, output: Path) -> None:
+    """The files of a complete stage, the mapping last; before it is there, the old one tells what is left over."""
+    if (ready / MAPPING).exists():
+        for name in set(_written_by(output)) - set(_written_by(ready)):
+            (output / name).unlink(missing_ok=True)
+        for file in sorted(ready.iterdir(), key=lambda file: file.name == MAPPING):
+            file.replace(output / file.name)
+    ready.rmdir()
+
+
+def _refuse_overwriting(output: Path, contents: Mapping[str, bytes], force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file: choose another --output")
-    ours = {**_written_by(output), **_written_by(output / STAGE)}
-    present = {name: digest((output / name).read_bytes()) for name in {*contents, *ours} if (output / name).exists()}
-    same = {name for name, content in contents.items() if present.get(name) == digest(content)}
-    foreign = sorted(name for name, found in present.items() if name not in same and found not in ours.get(name, ()))
+    ours = _written_by(output)
+    present = [name for name in dict.fromkeys([*contents, *ours]) if (output / name).exists()]
+    found = {name: digest((output / name).read_bytes()) for name in present if (output / name).is_file()}
+    changed = [name for name in present if name not in contents or found.get(name) != digest(contents[name])]
+    foreign = sorted(name for name in changed if name not in found or found[name] != ours.get(name))
     if foreign:
         raise ConfigError(
             f"{output}: {', '.join(foreign[:5])}{' …' if len(foreign) > 5 else ''} was not generated, or was changed "
             "since: move it away, or choose another --output"
         )
-    if not force and any(name not in same for name in present):
+    if changed and not force:
         raise ConfigError(
             f"{output} holds the configs of another experiment, or of another version of this one: pass --force to "
             "replace them, or choose another --output"
         )
-    return sorted(set(present) - set(contents))
 
 
-def _written_by(folder: Path) -> dict[str, set[str]]:
-    """The files that a mapping lists, with their hashes; the mapping's own where its first line says so."""
+def _written_by(folder: Path) -> dict[str, str]:
+    """The files that a mapping lists, and itself, with their hashes; nothing where someone has changed the mapping."""
     file = folder / MAPPING
-    if not file.exists():
+    if not file.is_file():
         return {}
     text = file.read_bytes()
     head, _, body = text.partition(b"\n")
     if head != SEAL + digest(body).encode():
         return {}
     values, _ = parse_yaml(body.decode(), str(file))
-    return {MAPPING: {digest(text)}, **{run["config"]: {run["sha256"]} for run in values["runs"]}}
+    return {MAPPING: digest(text), **{run["config"]: run["sha256"] for run in values["runs"]}}
 
 
 SEAL = b"# generated by lacuna; sha256 of what follows: "
@@ -108,7 +118,9 @@ def _span(ids: Sequence[str]) -> str:
 
 
 def _report_file(output: Path) -> tuple[Path, str]:
-    return output.parent / REPORT, f"lacuna validation report of {output.name}/"
+    place = output.resolve()
+    file = place.parent / REPORT
+    return Path(os.path.relpath(file)), f"lacuna validation report of {place.name}/"
 
 
 def write_report(output: Path, problems: Sequence[Problem]) -> list[str]:

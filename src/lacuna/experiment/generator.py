@@ -1,7 +1,7 @@
 """experiment.yaml → a complete config for each run, and run_mapping.yaml. Nothing is written before all is right."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from lacuna.errors import ConfigError
 from lacuna.experiment import folder, torchtune
 from lacuna.experiment.checks import Problem, check_run
 from lacuna.experiment.design import Design, Run, design
+from lacuna.experiment.loaders import Base
+from lacuna.experiment.merge import Values
+from lacuna.experiment.recipe import check_recipe
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def generate(
     mapping = _mapping(planned, texts)
     notes = list(planned.notes)
     with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
-        problems = check_design(planned, stage) if validate else []
+        configs = {run.id: run.values for run in planned.runs}
+        problems = check_configs(planned.base, configs, planned.touched, stage) if validate else []
         forgiven = [problem for problem in problems if problem.is_local and not check_paths]
         if errors := [problem for problem in problems if problem not in forgiven]:
             raise ConfigError(
@@ -68,19 +72,24 @@ def _command(planned: Design, config: str) -> list[str]:
     return [base.trainer, "@", config]
 
 
-def check_design(planned: Design, stage: Path) -> list[Problem]:
-    """Every problem of every run: ours first, then what torchtune's environment finds in the files of the stage."""
-    base = planned.base
-    problems = [found for run in planned.runs for found in check_run(base.trainer, run.id, run.values, base.gpus)]
-    if base.environment is not None:
-        requests = [
-            {"id": run.id, "file": str(stage / f"{run.id}.yaml"), "recipe": base.recipe, "touched": planned.touched}
-            for run in planned.runs
-        ]
-        known = {(problem.run, problem.path) for problem in problems}
-        theirs = torchtune.validate(base.environment, requests, base.is_shipped)
-        problems += [problem for problem in theirs if (problem.run, problem.path) not in known]
-    return problems
+def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[str], stage: Path) -> list[Problem]:
+    """Every problem of every config: ours first, then what torchtune's environment finds in the files of the stage.
+
+    configs: by run id. touched: the paths that the user set.
+    """
+    problems = [found for id, values in configs.items() for found in check_run(base.trainer, id, values, base.gpus)]
+    if base.environment is None:
+        return problems
+    if base.recipe is not None:
+        facts = torchtune.facts_of(base.environment, base.recipe)
+        for id, values in configs.items():
+            problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
+    requests = [{"id": id, "file": str(stage / f"{id}.yaml"), "touched": list(touched)} for id in configs]
+    theirs = torchtune.validate(base.environment, requests)
+    known = {(problem.run, problem.path) for problem in problems if not problem.is_local}
+    theirs = [problem for problem in theirs if (problem.run, problem.path) not in known]
+    graver = {(problem.run, problem.path) for problem in theirs if not problem.is_local}
+    return [p for p in problems if not (p.is_local and (p.run, p.path) in graver)] + theirs
 
 
 def _mapping(planned: Design, texts: Mapping[str, str]) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from lacuna.experiment.torchtune import (
 
 @dataclass(frozen=True)
 class Base:
-    """name: as the user wrote it, or as it was switched to. environment: where torchtune is; None: nowhere, or not
-    needed. notes: what was decided, to be said aloud."""
+    """name: as the user wrote it, or as it was switched to. lines: of its settings. notes: to be said aloud.
+    environment: where torchtune is; None where it is not, or not needed."""
 
     name: str
     trainer: str
     values: dict[str, Any]
+    lines: dict[str, int]
     recipe: str | None
     environment: Environment | None
     is_shipped: bool
@@ -43,7 +44,7 @@ def load_base(experiment: Experiment, layer: Layer, torchtune_python: str | None
             raise ConfigError(f"{layer.where('recipe')}: recipe goes with base_config_file; {where}has its own")
         return load_recipe(experiment.base_config, where, experiment.gpus, torchtune_python)
     file = _find_file(str(experiment.base_config_file), layer)
-    base = load_file(file, experiment.recipe, experiment.gpus, torchtune_python)
+    base = load_own(read_layer(file), experiment.recipe, experiment.gpus, torchtune_python)
     for name in ("recipe", "gpus"):
         if base.trainer != "torchtune" and getattr(experiment, name) is not None:
             raise ConfigError(f"{layer.where(name)}: {name} is for torchtune; {file} is for {base.trainer}")
@@ -61,17 +62,18 @@ def load_recipe(name: str, where: str, gpus: int | None, torchtune_python: str |
         notes.append(f"gpus: {gpus} takes {recipe.config} with the recipe {recipe.recipe}{kept}")
     elif recipe.distributed and gpus is None:
         notes.append(f"{name} is for several devices ({recipe.recipe}): say how many, as gpus: 2")
-    values = read_layer(recipe.file).values
-    return Base(recipe.config, "torchtune", values, recipe.recipe, environment, True, gpus or 1, tuple(notes))
+    layer = read_layer(recipe.file)
+    return Base(
+        recipe.config, "torchtune", layer.values, layer.lines, recipe.recipe, environment, True, gpus or 1, tuple(notes)
+    )
 
 
-def load_file(path: Path, recipe: str | None, gpus: int | None, torchtune_python: str | None) -> Base:
+def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_python: str | None) -> Base:
     """An own config: with a `trainer` key, or as TOML, it is lacuna's, otherwise torchtune's."""
-    layer = read_layer(path)
     trainer = layer.values.get("trainer")
-    if trainer is None and path.suffix == ".toml":
+    if trainer is None and layer.name.endswith(".toml"):
         raise ConfigError(
-            f"{path}: no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, TRAINERS))}"
+            f"{layer.name}: no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, TRAINERS))}"
         )
     if trainer is not None:
         if trainer not in TRAINERS:
@@ -79,9 +81,9 @@ def load_file(path: Path, recipe: str | None, gpus: int | None, torchtune_python
             raise ConfigError(
                 f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(TRAINERS)} are"
             )
-        return Base(str(path), trainer, layer.values, None, None, False, 1, ())
+        return Base(layer.name, trainer, layer.values, layer.lines, None, None, False, 1, ())
     if not layer.values:
-        raise ConfigError(f"{path}: the config is empty")
+        raise ConfigError(f"{layer.name}: the config is empty")
     environment = find_environment(torchtune_python)
     notes = []
     if environment is None:
@@ -91,7 +93,7 @@ def load_file(path: Path, recipe: str | None, gpus: int | None, torchtune_python
         nearest = nearest_recipe(environment, layer.values, gpus)
         found = nearest.recipe
         notes.append(
-            f"{path} looks most like {nearest.config}: taken as a config for {found}; `recipe:` says otherwise"
+            f"{layer.name} looks most like {nearest.config}: taken as a config for {found}; `recipe:` says otherwise"
         )
     else:
         known = sorted({shipped.recipe for shipped in recipes(environment)})
@@ -102,7 +104,7 @@ def load_file(path: Path, recipe: str | None, gpus: int | None, torchtune_python
             )
         if found != recipe:
             notes.append(f"gpus: {gpus} takes the recipe {found}")
-    return Base(str(path), "torchtune", layer.values, found, environment, False, gpus or 1, tuple(notes))
+    return Base(layer.name, "torchtune", layer.values, layer.lines, found, environment, False, gpus or 1, tuple(notes))
 
 
 def _find_file(name: str, layer: Layer) -> Path:

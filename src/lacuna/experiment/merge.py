@@ -74,17 +74,18 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def agree(old: Any, new: Any) -> bool:
     """Whether new may stand where old stood: the same kind of value, or null. A whole number may be a fraction."""
-    kinds = [_kind(old), _kind(new)]
+    kinds = [kind(old), kind(new)]
     return "null" in kinds or kinds[0] == kinds[1]
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a person calls such a value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true or false"
     names = ((int | float, "a number"), (str, "text"), (dict, "a mapping"), (list | tuple, "a list"))
-    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+    return next((name for type_, name in names if isinstance(value, type_)), type(value).__name__)
 
 
 def type_conflicts(base: Mapping[str, Any], override: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,7 +99,7 @@ def type_conflicts(base: Mapping[str, Any], override: Mapping[str, Any]) -> Iter
             if isinstance(old, dict) and isinstance(value, dict):
                 waiting.append((f"{path}.", old, value))
             elif old is not MISSING and not agree(old, value):
-                yield path, f"is {_kind(old)} in the base config ({_short(old)}), here {_kind(value)} ({_short(value)})"
+                yield path, f"is {kind(old)} in the base config ({_short(old)}), here {kind(value)} ({_short(value)})"
 
 
 def _short(value: Any) -> str:

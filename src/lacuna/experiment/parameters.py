@@ -57,7 +57,7 @@ TORCHTUNE: dict[str, Parameter] = {
     "lora_rank": _at("model.lora_rank", SCIENTIFIC, Count),
     "lora_alpha": _at("model.lora_alpha", SCIENTIFIC, Positive, "the adapter is scaled by lora_alpha / lora_rank"),
     "lora_dropout": _at("model.lora_dropout", SCIENTIFIC, Share),
-    "lora_attn_modules": _at("model.lora_attn_modules", SCIENTIFIC, list[str]),
+    "lora_attn_modules": _at("model.lora_attn_modules", SCIENTIFIC, Annotated[list[str], Field(min_length=1)]),
     "apply_lora_to_mlp": _at("model.apply_lora_to_mlp", SCIENTIFIC, bool),
     "apply_lora_to_output": _at("model.apply_lora_to_output", SCIENTIFIC, bool),
     "max_seq_len": _at("tokenizer.max_seq_len", SCIENTIFIC, Count | None, "longer samples are cut; null: never"),
@@ -109,12 +109,12 @@ def find_path(name: str, trainer: str, base: Mapping[str, Any]) -> tuple[str, st
     """
     flat = name.removeprefix("+")
     table = parameters(trainer)
+    if trainer != "torchtune":
+        return flat, None if flat in table else f"{trainer} has no setting {flat!r}{did_you_mean(flat, [*table])}"
     paths = table[flat].paths if flat in table else (flat,)
     found = next((path for path in paths if get(base, path) is not MISSING), None)
     if found is not None:
         return found, None
-    if trainer != "torchtune":
-        return paths[0], None if flat in table else f"{trainer} has no setting {flat!r}{did_you_mean(flat, [*table])}"
     if name.startswith("+"):
         return paths[0], None
     here = f"{flat!r} ({paths[0]})" if flat in table else repr(flat)

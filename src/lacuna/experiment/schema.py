@@ -1,5 +1,6 @@
 """experiment.yaml: what varies, what stays, and from which config."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lacuna.config.files import Layer, check, read_layer
 
+MOST_RUNS = 100_000
 Named = Annotated[str, Field(min_length=1)]
 
 
@@ -72,6 +74,9 @@ class Experiment(BaseModel):
             problems.append("paired: every entry sets the same names")
         if any(pair in self.paired[:i] for i, pair in enumerate(self.paired)):
             problems.append("paired: the same entry twice gives the same run twice")
+        sizes = [*map(len, self.variables.values()), len(self.paired) or 1, len(self.seeds) or 1]
+        if math.prod(sizes) > MOST_RUNS:
+            problems.append(f"variables: {math.prod(sizes)} combinations; the limit is {MOST_RUNS}")
         if not all(self.exclude):
             problems.append("exclude: an empty entry would leave out every run")
         if problems:
@@ -80,9 +85,10 @@ class Experiment(BaseModel):
 
 
 def _first_repeated(values: list[Any]) -> tuple[Any] | None:
-    seen: set[str] = set()
+    seen = set()
     for value in values:
-        key = repr(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else repr(value)
+        is_plain = isinstance(value, str | int | float | None)
+        key = (type(value) is bool, value) if is_plain else (None, repr(value))
         if key in seen:
             return (value,)
         seen.add(key)

@@ -30,7 +30,10 @@ def combinations(
 
 def matches(settings: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether a run agrees with all settings of an exclude entry."""
-    return all(name in settings and settings[name] == value for name, value in entry.items())
+    return all(
+        name in settings and settings[name] == value and isinstance(settings[name], bool) == isinstance(value, bool)
+        for name, value in entry.items()
+    )
 
 
 def words_in(expression: str) -> list[str]:

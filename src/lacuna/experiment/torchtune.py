@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment.checks import Problem
 from lacuna.experiment.merge import leaves
+from lacuna.experiment.recipe import RecipeFacts, recipe_facts
 
 VERSION = "0.6.1"
 FOLDER = ".venv-torchtune"
@@ -193,22 +195,27 @@ def _outline(values: dict[str, Any]) -> set[tuple[str, str]]:
 def command(environment: Environment | None, recipe: str | None, gpus: int, config: str) -> list[str]:
     """What starts a run: `tune run`, with a process for each device where there are several."""
     tune = str(Path(environment.python).with_name("tune")) if environment else "tune"
-    processes = ["--nproc_per_node", str(gpus)] if gpus > 1 else []
+    processes = ["--nproc_per_node", str(gpus)] if gpus > 1 or "distributed" in str(recipe) else []
     return [tune, "run", *processes, recipe or "RECIPE", "--config", config]
 
 
-def validate(environment: Environment, runs: list[dict[str, Any]], shipped: bool) -> list[Problem]:
-    """torchtune's own checks and what they miss, for the whole set in one process of its environment.
+def facts_of(environment: Environment, recipe: str) -> RecipeFacts:
+    """What the recipe reads and needs."""
+    configs = tuple(shipped.file for shipped in recipes(environment) if shipped.recipe == recipe)
+    others = tuple(shipped.file for shipped in recipes(environment) if shipped.recipe != recipe)
+    return recipe_facts(recipe, environment.packages / "recipes" / f"{recipe}.py", configs, others)
 
-    runs: id, file, recipe and `touched`, the paths that the experiment sets. shipped: whether the base is torchtune's.
-    Raises ConfigError where that environment is broken.
+
+def validate(environment: Environment, runs: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """torchtune's own checks, and those that need its code, for the whole set in one process of its environment.
+
+    runs: id, file, and `touched`, the paths that the user set. Raises ConfigError where that environment is broken.
     """
     script = Path(__file__).with_name("torchtune_checks.py")
-    request = {"packages": str(environment.packages), "shipped": shipped, "runs": runs}
     surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [environment.python, str(script)], input=json.dumps(request), capture_output=True, text=True, env=surroundings,
-        check=False,
+        [environment.python, str(script)], input=json.dumps({"runs": runs}), capture_output=True, text=True,
+        env=surroundings, check=False,
     )  # fmt: skip
     if process.returncode != 0:
         reason = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]

@@ -4,7 +4,6 @@ Reads one JSON request on standard input and answers with one JSON line: a list 
 It can import torchtune and what torchtune needs, but not lacuna.
 """
 
-import ast
 import dataclasses
 import difflib
 import importlib
@@ -32,15 +31,15 @@ GONE = {
     "AlpacaInstructTemplate": "it left torchtune in 0.3: use the dataset torchtune.datasets.alpaca_dataset, which "
     "writes Alpaca's format itself",
 }
-NO_FP16 = re.compile(r"fp16 \w+ is not supported")
 LACKS = "torchtune's environment lacks"
 Found = tuple[str, str, str]
 """Path, what, what to do."""
 
 
 def nearest(word: str, known: Any) -> str:
-    found = difflib.get_close_matches(word, [*known], n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    lowered = {str(name).lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f"; did you mean {lowered[found[0]]!r}?" if found else ""
 
 
 @cache
@@ -90,8 +89,10 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, part) for part in parts)
     if origin is typing.Literal:
         return value in parts
-    if origin in (list, tuple) and isinstance(value, list):
-        return all(fits(item, parts[0]) for item in value) if origin is list and parts else True
+    if origin is list and isinstance(value, list):
+        return all(fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list) and (... in parts or (len(value) == len(parts) and all(map(fits, value, parts))))
     if annotation is None or annotation is type(None):
         return value is None
     if annotation is float:
@@ -156,100 +157,21 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
             yield f"{path}.{key}", f"is missing: {name} cannot do without it", "add it"
 
 
-def check_rules(config: dict[str, Any]) -> Iterator[Found]:
-    """Combinations that the recipes refuse, or that do nothing."""
-    tokenizer = section if isinstance(section := config.get("tokenizer"), dict) else {}
-    data = config.get("dataset")
-    parts = [data] if isinstance(data, dict) else [part for part in data or [] if isinstance(part, dict)]
-    if any(part.get("packed") is True for part in parts) and tokenizer.get("max_seq_len") is None:
-        yield "dataset.packed", "needs tokenizer.max_seq_len, which is null", "set max_seq_len, such as 2048"
-    template = tokenizer.get("prompt_template")
-    if isinstance(template, str) and isinstance(found := locate(template), ImportError):
-        yield (
-            "tokenizer.prompt_template",
-            f"{template} {found}",
-            "name a template that exists, such as " + ("torchtune.data.SummarizeTemplate"),
-        )
-    if config.get("optimizer_in_bwd") is True:
-        if config.get("clip_grad_norm") is not None:
-            yield "clip_grad_norm", "cannot be with optimizer_in_bwd: true", "set one of them to null or false"
-        if (config.get("gradient_accumulation_steps") or 1) > 1:
-            yield "gradient_accumulation_steps", "cannot be above 1 with optimizer_in_bwd: true", "set either back"
-    if config.get("enable_activation_offloading") is True:
-        if not str(config.get("device")).startswith("cuda"):
-            yield "enable_activation_offloading", "works with device: cuda alone", "set it to false"
-        if config.get("enable_activation_checkpointing") is not True:
-            yield "enable_activation_offloading", "needs enable_activation_checkpointing: true", "set both"
+def check_names(config: dict[str, Any]) -> Iterator[Found]:
+    """Dotted paths and names outside `_component_`."""
+    from torchtune.training import ModelType  # type: ignore[import-not-found]
 
-
-@dataclasses.dataclass(frozen=True)
-class RecipeKeys:
-    """Top-level keys. read: those that the recipe looks at; needed: those it cannot do without; shipped: those that
-    some of torchtune's own configs for it hold, read or not."""
-
-    read: set[str]
-    needed: set[str]
-    shipped: set[str]
-    refuses_fp16: bool
-
-
-@cache
-def recipe_keys(packages: str, recipe: str) -> RecipeKeys | None:
-    """From the recipe's source: every `cfg.key`, `cfg.get("key")`, `cfg["key"]` and `"key" in cfg`."""
-    file = Path(packages, "recipes", f"{recipe}.py")
-    if not file.exists():
-        return None
-    source = file.read_text()
-    read, attributes = {"profiler"}, set()
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Attribute(value=ast.Name(id="cfg" | "config"), attr=key):
-                attributes.add(key)
-            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="cfg" | "_cfg"), attr=key):
-                attributes.add(key)
-            case ast.Call(
-                func=ast.Attribute(value=holder, attr="get" | "pop"), args=[ast.Constant(value=str(key)), *_]
-            ):
-                if ast.unparse(holder) in ("cfg", "config", "self.cfg", "self._cfg"):
-                    read.add(key)
-            case ast.Subscript(value=ast.Name(id="cfg"), slice=ast.Constant(value=str(key))):
-                read.add(key)
-            case ast.Compare(left=ast.Constant(value=str(key)), comparators=[ast.Name(id="cfg")]):
-                read.add(key)
-    attributes -= {"get", "pop", "keys", "items", "instantiate", "parse", "log_config", "validate"}
-    held = shipped_keys(packages, recipe)
-    return RecipeKeys(
-        read | attributes,
-        set.intersection(attributes, *held) if held else set(),
-        set.union(set(), *held),
-        bool(NO_FP16.search(source)),
-    )
-
-
-@cache
-def shipped_keys(packages: str, recipe: str) -> list[set[str]]:
-    from omegaconf import OmegaConf
-    from torchtune._recipe_registry import get_all_recipes  # type: ignore[import-not-found]
-
-    files = [
-        Path(packages, "recipes", "configs", c.file_path)
-        for r in get_all_recipes()
-        if r.name == recipe
-        for c in r.configs
-    ]
-    return [set(OmegaConf.load(file)) for file in files if file.exists()]
-
-
-def check_keys(config: dict[str, Any], text: str, keys: RecipeKeys, recipe: str, mine: set[str]) -> Iterator[Found]:
-    """mine: top-level keys that the user answers for."""
-    for key in sorted(keys.needed - set(config)):
-        yield key, f"is missing: the recipe {recipe} cannot do without it", "add it"
-    for key in config:
-        if key not in keys.read and key in mine and not re.search(rf"\$\{{{re.escape(str(key))}[.}}]", text):
-            hint = nearest(str(key), keys.read)
-            yield str(key), f"the recipe {recipe} never reads it{hint}", "correct the name, or leave it out"
-    if config.get("dtype") == "fp16" and keys.refuses_fp16:
-        yield "dtype", f"fp16 is refused by {recipe}", "use bf16 or fp32"
+    template = config["tokenizer"].get("prompt_template") if isinstance(config.get("tokenizer"), dict) else None
+    for path, name in (("tokenizer.prompt_template", template), ("collate_fn", config.get("collate_fn"))):
+        if isinstance(name, str) and isinstance(found := locate(name), ImportError):
+            yield path, f"{name} {found}", "name one that exists"
+    for section, node in config.items():
+        if str(section).endswith("checkpointer") and isinstance(node, dict) and "model_type" in node:
+            known = [kind.name for kind in ModelType]
+            if node["model_type"] not in known:
+                hint = nearest(str(node["model_type"]).upper(), known)
+                what = f"torchtune knows no model type {node['model_type']!r}{hint}"
+                yield f"{section}.model_type", what, f"write one of {', '.join(known)}"
 
 
 def check_interpolations(config: Any) -> Iterator[Found]:
@@ -260,8 +182,7 @@ def check_interpolations(config: Any) -> Iterator[Found]:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(f"{path}.{key}" if path else str(key), item) for key, item in items]
+            waiting += children(path, value)
         elif value == "???":
             yield path, "is ???, a value that is still to be given", "give it"
         elif isinstance(value, str) and "${" in value:
@@ -271,30 +192,46 @@ def check_interpolations(config: Any) -> Iterator[Found]:
                 yield path, f"{value!r} leads nowhere: {str(error).splitlines()[0]}", "name a setting of this config"
 
 
-def check_run(packages: str, run: dict[str, Any], shipped: bool) -> list[Found]:
+def malformed(file: str) -> list[Found]:
+    """The values that OmegaConf cannot parse, such as `${output_dir` without an end."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    found: list[Found] = []
+    waiting: list[tuple[str, Any]] = [("", yaml.safe_load(Path(file).read_text(encoding="utf-8")))]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += children(path, value)
+            continue
+        try:
+            OmegaConf.create({"value": value})
+        except Exception as error:
+            what = f"{value!r} is no text that OmegaConf can read: {str(error).splitlines()[0]}"
+            found.append((path, what, "close what ${ opens"))
+    return found
+
+
+def children(path: str, node: dict[str, Any] | list[Any]) -> list[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    return [(f"{path}.{key}" if path else str(key), item) for key, item in items]
+
+
+def check_run(run: dict[str, Any]) -> list[Found]:
     from omegaconf import DictConfig, OmegaConf
     from torchtune.config import validate  # type: ignore[import-not-found]
 
-    text = Path(run["file"]).read_text(encoding="utf-8")
-    config = OmegaConf.load(run["file"])
+    try:
+        config = OmegaConf.load(run["file"])
+    except Exception as error:  # OmegaConf's own, yaml's, and ANTLR's
+        return malformed(run["file"]) or [("", f"is not readable: {str(error).splitlines()[0]}", "correct the file")]
     if not isinstance(config, DictConfig) or not config:
         return [("", "the config is empty", "start from a recipe or an own config")]
     found = list(check_interpolations(config))
     values: dict[str, Any] = dict(OmegaConf.to_container(config, resolve=not found))  # type: ignore[arg-type]
-    touched = set(run["touched"])
     for path, node in components(values):
-        found += check_component(path, node, touched)
-    keys = recipe_keys(packages, run["recipe"]) if run["recipe"] else None
-    if keys:
-        set_here = {path.split(".")[0] for path in touched}
-        found += check_keys(
-            values, text, keys, run["recipe"], set_here if shipped else set(values) - keys.shipped | set_here
-        )
-        for section in sorted({"model", "tokenizer", "optimizer", "dataset", "checkpointer", "loss"} & keys.needed):
-            part = values.get(section, [])
-            if not isinstance(part, list) and not (isinstance(part, dict) and "_component_" in part):
-                found.append((section, f"is {part!r}, not a mapping with a _component_", "write one"))
-    found += check_rules(values)
+        found += check_component(path, node, set(run["touched"]))
+    found += check_names(values)
     try:
         validate(config)
     except Exception as error:  # torchtune lets seven kinds escape, TypeError and its own among them
@@ -310,7 +247,7 @@ def main() -> None:
     sys.path[:] = [*sys.path[1:], os.getcwd()]  # components of the user's own, found as torchtune finds them
     problems = []
     for run in request["runs"]:
-        for path, what, todo in check_run(request["packages"], run, request["shipped"]):
+        for path, what, todo in check_run(run):
             is_local = LACKS in what
             problems.append({"run": run["id"], "path": path, "what": what, "todo": todo, "is_local": is_local})
     print(json.dumps(problems), file=answer)

@@ -34,7 +34,8 @@ lint: install
 
 coverage: install torchtune
 	$(BIN)/coverage run --branch --source lacuna.experiment -m pytest tests/test_merge.py tests/test_sweep.py \
-		tests/test_experiment.py tests/test_builder.py
+		tests/test_experiment.py tests/test_builder.py tests/test_torchtune.py \
+		-k 'not two_values_give and not learning_rates_train and not processes_train'
 	$(BIN)/coverage report --show-missing --fail-under 100 \
 		--include '*/merge.py,*/sweep.py,*/schema.py,*/parameters.py,*/generator.py,*/builder.py'
 

@@ -256,7 +256,7 @@ def test_a_saved_file_is_a_start_and_can_be_saved_again(builder: Builder, tmp_pa
 def test_a_file_of_someone_else_is_never_replaced(builder: Builder, tmp_path: Path) -> None:
     path, meta = tmp_path / "a.yaml", tmp_path / "a.meta.yaml"
     path.write_text("mine: 1\n")
-    for prepare in ("", "sha256: 3\n", "sha256: abc\n"):
+    for prepare in ("", "sha256: 3\n", "sha256: abc\n", "broken: [\n"):
         if prepare:
             meta.write_text(prepare)
         with pytest.raises(ConfigError, match="was not saved by a builder, or was changed since"):
@@ -268,6 +268,10 @@ def test_a_file_of_someone_else_is_never_replaced(builder: Builder, tmp_path: Pa
         builder.save(path)
     assert meta.read_text() == "notes: years of work\n"
     assert not path.exists()
+    meta.unlink()
+    meta.mkdir()
+    with pytest.raises(ConfigError, match="was not saved by a builder"):
+        builder.save(path)
 
 
 def test_a_saved_file_that_was_edited_stays(builder: Builder, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ RUN_ELSEWHERE = {
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",
+    "make coverage": ".ci/run runs it",
     "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",
     "make torchtune && lacuna recipes llama3_2/1B": "test_experiment_docs.py",
     "lacuna generate examples/lora_rank.yaml --paths skip": "test_experiment_docs.py",

@@ -312,6 +312,7 @@ def test_runs_never_share_a_folder(changes: Settings, message: str) -> None:
         ({"variables": {"epochs": [1, 2, 1]}}, "'epochs' has 1 twice"),
         ({"variables": {"learning_rate": [1, 1.0]}}, "'learning_rate' has 1.0 twice"),
         ({"seeds": [1, 1]}, "seeds: the same seed twice"),
+        ({"variables": {f"a{i}": list(range(10)) for i in range(8)}}, "100000000 combinations; the limit is 100000"),
         ({"seeds": [-1]}, "'seeds' is -1"),
         ({"paired": [{"epochs": 1}, {"seed": 1}]}, "paired: every entry sets the same names"),
         ({"paired": [{}]}, "paired: every entry sets the same names"),

@@ -4,6 +4,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -137,11 +138,10 @@ class TorchtuneConfigBuilder:
 
     def validate(self, *, check_paths: bool = True) -> Self:
         """Run every check of `lacuna generate` on this config. Raises ConfigError with all problems."""
-        if self._base.environment is None:
-            raise ConfigError(torchtune.HOW_TO_GET_IT)
+        base = replace(self._base, environment=self._base.environment or torchtune.need_environment(None))
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.yaml").write_text(dump_yaml(self._values), encoding="utf-8")
-            problems = check_configs(self._base, {"config": self._values}, sorted(self._touched), Path(folder))
+            problems = check_configs(base, {"config": self._values}, sorted(self._touched), Path(folder))
         if errors := [problem for problem in problems if check_paths or not problem.is_local]:
             raise ConfigError(summarise(errors))
         return self

@@ -186,9 +186,9 @@ def _rows(
         and data.get("split", "train") == "train"
         and not isinstance(data.get("data_files"), dict)
     ):
-        rows = f"{count} rows" if count else f"0 rows of {', '.join(local)}"
+        found = f"{count} rows" if count else f"0 rows of {', '.join(local)}"
         step = f"{sizes[0]} × {sizes[1]} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
-        what = f"{rows} are fewer than one step of {step}: no step at all"
+        what = f"{found} are fewer than one step of {step}: no step at all"
         yield Problem("", "batch_size", what, "lower batch_size or gradient_accumulation_steps")
 
 

@@ -78,12 +78,11 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
     configs: by run id. touched: the paths that the user set.
     """
     problems = [found for id, values in configs.items() for found in check_run(base.trainer, id, values, base.gpus)]
-    if base.environment is None:
+    if base.environment is None or base.recipe is None:
         return problems
-    if base.recipe is not None:
-        facts = torchtune.facts_of(base.environment, base.recipe)
-        for id, values in configs.items():
-            problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
+    facts = torchtune.facts_of(base.environment, base.recipe)
+    for id, values in configs.items():
+        problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
     requests = [{"id": id, "file": str(stage / f"{id}.yaml"), "touched": list(touched)} for id in configs]
     theirs = torchtune.validate(base.environment, requests)
     known = {(problem.run, problem.path) for problem in problems if not problem.is_local}

@@ -613,3 +613,46 @@ def test_full_fine_tuning_and_lora_on_two_processes_train(llama: Path, rows: Pat
         assert len(curve) == 8
         assert curve[-1] < curve[0]
     assert done.command[1:5] == ["run", "--nproc_per_node", "2", "lora_finetune_distributed"]
+
+
+def pretended_environment(folder: Path, version: str) -> str:
+    """A Python that finds a torchtune of this version, which has nothing in it."""
+    (folder / "torchtune").mkdir()
+    (folder / "torchtune" / "__init__.py").write_text("")
+    (folder / f"torchtune-{version}.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: torchtune\nVersion: {version}\n"
+    (folder / f"torchtune-{version}.dist-info" / "METADATA").write_text(metadata)
+    (folder / "python").write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} -S "$@"\n')
+    (folder / "python").chmod(0o755)
+    return str(folder / "python")
+
+
+def test_another_version_of_torchtune_is_refused(run: Run, tmp_path: Path) -> None:
+    outcome = run("lacuna", "recipes", torchtune_python=pretended_environment(tmp_path, "0.5.0"))
+    assert outcome.code == 2
+    assert "has torchtune 0.5.0; lacuna knows 0.6.1" in outcome.output
+
+
+def test_an_environment_that_cannot_run_the_checks_is_named(tmp_path: Path) -> None:
+    python = pretended_environment(tmp_path, "0.6.1")
+    with pytest.raises(ConfigError, match=f"could not run with {re.escape(python)}: ModuleNotFoundError"):
+        torchtune.validate(torchtune.Environment(python, tmp_path), [{"id": "a", "file": "a.yaml", "touched": []}])
+
+
+def test_the_recipe_of_an_own_file_can_be_named(environment: torchtune.Environment, tmp_path: Path) -> None:
+    file = torchtune.find_recipe(environment, LORA, "").file
+    own = {"experiment_name": "trial", "base_config_file": str(file), "variables": {"epochs": [1, 2]}}
+    named = design({**own, "recipe": "lora_finetune_single_device", "gpus": 2})
+    assert named.base.recipe == "lora_finetune_distributed"
+    assert "gpus: 2 takes the recipe lora_finetune_distributed" in named.notes
+    with pytest.raises(ConfigError, match="no 'lora_finetune'; did you mean 'lora_finetune_"):
+        design({**own, "recipe": "lora_finetune"})
+    with pytest.raises(ConfigError, match="recipe goes with base_config_file"):
+        design(experiment(recipe="lora_finetune_single_device", variables={"epochs": [1, 2]}))
+
+
+def test_a_distributed_config_asks_for_the_number_of_devices() -> None:
+    planned = design(experiment(base_config=DISTRIBUTED, variables={"epochs": [1, 2]}))
+    assert any(
+        "is for several devices (lora_finetune_distributed): say how many, as gpus: 2" in n for n in planned.notes
+    )

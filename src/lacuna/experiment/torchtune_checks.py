@@ -105,16 +105,15 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, wanted) if wanted in (list, dict) else True
 
 
-def components(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping with a `_component_`, wherever it stands."""
-    if isinstance(node, dict):
-        if "_component_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from components(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from components(value, f"{path}.{index}")
+def walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """Every mapping, list and value below a mapping, with its dotted path."""
+    waiting: list[tuple[str, Any]] = [("", root)]
+    while waiting:
+        path, node = waiting.pop()
+        yield path, node
+        if isinstance(node, dict | list):
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            waiting += [(f"{path}.{key}" if path else str(key), item) for key, item in items]
 
 
 def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Iterator[Found]:
@@ -178,12 +177,8 @@ def check_interpolations(config: Any) -> Iterator[Found]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += children(path, value)
-        elif value == "???":
+    for path, value in walk(OmegaConf.to_container(config, resolve=False)):
+        if value == "???":
             yield path, "is ???, a value that is still to be given", "give it"
         elif isinstance(value, str) and "${" in value:
             try:
@@ -192,29 +187,18 @@ def check_interpolations(config: Any) -> Iterator[Found]:
                 yield path, f"{value!r} leads nowhere: {str(error).splitlines()[0]}", "name a setting of this config"
 
 
-def malformed(file: str) -> list[Found]:
+def malformed(file: str) -> Iterator[Found]:
     """The values that OmegaConf cannot parse, such as `${output_dir` without an end."""
     import yaml
     from omegaconf import OmegaConf
 
-    found: list[Found] = []
-    waiting: list[tuple[str, Any]] = [("", yaml.safe_load(Path(file).read_text(encoding="utf-8")))]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += children(path, value)
-            continue
-        try:
-            OmegaConf.create({"value": value})
-        except Exception as error:
-            what = f"{value!r} is no text that OmegaConf can read: {str(error).splitlines()[0]}"
-            found.append((path, what, "close what ${ opens"))
-    return found
-
-
-def children(path: str, node: dict[str, Any] | list[Any]) -> list[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    return [(f"{path}.{key}" if path else str(key), item) for key, item in items]
+    for path, value in walk(yaml.safe_load(Path(file).read_text(encoding="utf-8"))):
+        if isinstance(value, str):
+            try:
+                OmegaConf.create({"value": value})
+            except Exception as error:  # OmegaConf's own, and ANTLR's
+                what = f"{value!r} is no text that OmegaConf can read: {str(error).splitlines()[0]}"
+                yield path, what, "close what ${ opens"
 
 
 def check_run(run: dict[str, Any]) -> list[Found]:
@@ -224,13 +208,14 @@ def check_run(run: dict[str, Any]) -> list[Found]:
     try:
         config = OmegaConf.load(run["file"])
     except Exception as error:  # OmegaConf's own, yaml's, and ANTLR's
-        return malformed(run["file"]) or [("", f"is not readable: {str(error).splitlines()[0]}", "correct the file")]
+        return [*malformed(run["file"])] or [("", f"is not readable: {str(error).splitlines()[0]}", "correct the file")]
     if not isinstance(config, DictConfig) or not config:
         return [("", "the config is empty", "start from a recipe or an own config")]
     found = list(check_interpolations(config))
     values: dict[str, Any] = dict(OmegaConf.to_container(config, resolve=not found))  # type: ignore[arg-type]
-    for path, node in components(values):
-        found += check_component(path, node, set(run["touched"]))
+    for path, node in walk(values):
+        if isinstance(node, dict) and "_component_" in node:
+            found += check_component(path, node, set(run["touched"]))
     found += check_names(values)
     try:
         validate(config)

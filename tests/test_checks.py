@@ -70,7 +70,8 @@ def dataset(files: Any, source: Any = "json", component: str = INSTRUCT, **other
         dataset("rows.jsonl", component="my.own_dataset"),
         dataset("rows.jsonl", component="torchtune.datasets.chat_dataset", conversation_column="input"),
         dataset("rows.jsonl", column_map={"input": "input", "output": "output"}),
-        dataset("rows.jsonl", split="train[:50%]"),
+        dataset("rows.jsonl", split="train[:100%]"),
+        dataset("rows.jsonl", split="train[0:4]"),
         {"_component_": INSTRUCT, "source": "org/name", "split": "test"},
         {"_component_": INSTRUCT, "source": "folder", "data_files": "x"},
         {"_component_": INSTRUCT, "source": "${data.kind}", "data_files": "${oc.env:HOME}"},
@@ -129,7 +130,11 @@ def test_fewer_rows_than_a_step_are_told_with_the_sum() -> None:
     assert "4 rows are fewer than one step of 2 × 4 accumulated: no step" in lines(
         **{**step, "gradient_accumulation_steps": 4}
     )
-    assert lines(2, **{**step, "dataset": dataset("rows.jsonl", packed=True)}) == ""
+    packed = {**step, "dataset": dataset("rows.jsonl", packed=True)}
+    assert "4 rows are fewer" in lines(2, **packed)  # packing makes no more rows of them
+    for split, count in {"train[:3]": 3, "train[2:]": 2, "train[1:3]": 2, "train[:50%]": 2}.items():
+        part = {**step, "dataset": dataset("rows.jsonl", split=split)}
+        assert f"{count} rows are fewer than one step of 2 × 2 accumulated: no step" in lines(**part), split
     assert lines(2, **{**step, "dataset": dataset(["rows.jsonl", "rows.jsonl"])}) == ""
 
 

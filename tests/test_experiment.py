@@ -292,7 +292,7 @@ def test_a_base_without_output_dir_gives_none(folder: Path) -> None:
         ({"variables": {"output_dir": ["out", "out/b"]}}, "out/b, lies in that of run_000"),
         ({"variables": {"output_dir": ["out/b", "out"]}}, "out/b, lies in that of run_001"),
         ({"variables": RANKS, "controls": {"output_dir": "out/{lora_rnk}"}}, "{lora_rnk} is unknown; did you mean"),
-        ({"variables": RANKS, "controls": {"metric_logger": {"log_dir": "logs"}}}, "log_dir is logs for every run"),
+        ({"variables": RANKS, "controls": {"metric_logger": {"log_dir": "logs"}}}, "run_000 and run_001 share logs"),
     ],
 )  # fmt: skip
 def test_runs_never_share_a_folder(changes: Settings, message: str) -> None:
@@ -340,7 +340,7 @@ def test_runs_never_share_a_folder(changes: Settings, message: str) -> None:
         ({"seeds": [1], "variables": {"seed": [2]}}, "both set seed"),
         ({"derived": {"lora_rank": "8"}, "variables": RANKS}, "both set model.lora_rank"),
         ({"controls": {"~model.rank": None}}, "nothing to delete there; did you mean 'model.lora_rank'?"),
-        ({"controls": {"~epochs": 3}}, "'~epochs' deletes, so its value is null, not 3"),
+        ({"controls": {"~epochs": 3}}, "'~epochs' deletes, so its value is null (in TOML: true), not 3"),
         ({"variables": RANKS, "derived": {"lora_alpha": "lora_rank / 0"}}, "cannot be worked out: division by zero"),
         ({"variables": RANKS, "derived": {"lora_alpha": "8 - lora_rank"}}, "gives -8 (int): should be greater"),
         ({"variables": RANKS, "derived": {"metric_logger.log_dir": "3"}}, "gives is text in the base config"),
@@ -371,7 +371,7 @@ def test_all_problems_come_at_once_with_their_lines(run: Run, folder: Path) -> N
 
 
 def test_whole_numbers_are_compared_exactly() -> None:
-    assert len(plan(variables={"seed": [2**53, 2**53 + 1]}).runs) == 2
+    assert len(plan(variables={"+large": [2**53, 2**53 + 1]}).runs) == 2
     assert len(plan(variables={"+big": [10**400, 1]}).runs) == 2
 
 

@@ -113,7 +113,7 @@ def test_yaml_reads_every_number_as_python_writes_it(
         ("a: !!int abc\n", "x.yaml: not valid YAML: invalid literal for int() with base 10: 'abc'"),
         ("a: \x01\n", "x.yaml: not valid YAML: unacceptable character #x0001: control characters are not allowed"),
         ("? [1, 2]\n: b\n", "x.yaml:1: a key is a name, not a list or a mapping"),
-        ("a: &self\n  b: *self\n", "x.yaml:2: 'b' contains itself"),
+        ("a: &self\n  b: *self\n", "x.yaml:1: an alias contains itself, or repeats too much"),
         ("- 1\n- 2\n", "x.yaml: a config is a mapping of names to values, this is a list"),
         ("only text\n", "x.yaml: a config is a mapping of names to values, this is a str"),
     ],

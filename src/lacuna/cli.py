@@ -215,6 +215,8 @@ def generate(
     """Write a complete config for each run of an experiment, and run_mapping.yaml."""
     from lacuna.experiment.generator import generate as write
 
+    if not output:
+        raise ConfigError("--output is empty: name a folder")
     done = write(
         experiment,
         output,

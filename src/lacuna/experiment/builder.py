@@ -76,6 +76,8 @@ class TorchtuneConfigBuilder:
         Raises ConfigError for what the config has no place for (`+name` adds it all the same) and for a value of
         another kind; nothing is changed then.
         """
+        if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
+            raise TypeError("overrides must be a mapping of names to values")
         values = self._values
         problems: list[str] = []
         touched: set[str] = set()
@@ -95,6 +97,7 @@ class TorchtuneConfigBuilder:
 
     def delete(self, path: str) -> Self:
         """Take out what stands at a dotted path. Raises ConfigError where nothing does."""
+        _expect(path, str, "path")
         found, missing = find_path(path, "torchtune", self._values)
         if missing or get(self._values, found) is MISSING:
             raise ConfigError(f"nothing to delete: {missing or path}")
@@ -153,9 +156,7 @@ class TorchtuneConfigBuilder:
         train` where a json file holds its rows under that name; a folder or a hub name becomes `source`. A component
         that reads any source stays; another one becomes torchtune.datasets.instruct_dataset (columns input, output).
         """
-        _expect(path, str, "path")
-        if not path:
-            raise ValueError("path cannot be empty")
+        _expect_text(path, "path")
         current = get(self._values, "dataset")
         component = str(current.get("_component_", "")) if isinstance(current, dict) else ""
         kept = {key: current[key] for key in ("packed",) if isinstance(current, dict) and key in current}
@@ -181,23 +182,19 @@ class TorchtuneConfigBuilder:
         """Set how prompts are written (scientific): the dotted path of a template, such as
         torchtune.data.SummarizeTemplate. torchtune 0.6.1 reads it from `tokenizer.prompt_template`, which is what
         this writes; Alpaca's format is a dataset there, torchtune.datasets.alpaca_dataset."""
-        _expect(template, str, "template")
-        if not template:
-            raise ValueError("template cannot be empty")
+        _expect_text(template, "template")
         return self.override({"+prompt_template": template})
 
     def with_output_dir(self, path: str) -> Self:
         """Set where checkpoints and logs go (engineering)."""
-        _expect(path, str, "path")
-        if not path:
-            raise ValueError("path cannot be empty")
+        _expect_text(path, "path")
         return self.override({"output_dir": path})
 
     def with_learning_rate(self, lr: float) -> Self:
         """Set the peak learning rate, after warmup (scientific)."""
         if isinstance(lr, bool) or not isinstance(lr, int | float):
             raise TypeError(f"lr must be float, got {type(lr).__name__}")
-        if not math.isfinite(lr):
+        if isinstance(lr, float) and not math.isfinite(lr):
             raise ValueError(f"lr must be finite, got {lr}")
         if lr <= 0:
             raise ValueError(f"lr must be positive, got {lr}")
@@ -237,9 +234,7 @@ class TorchtuneConfigBuilder:
     def with_dtype(self, dtype: str) -> Self:
         """Set the precision: bf16 or fp32; most recipes refuse fp16, and `validate` says so. bf16 and fp32 end in
         different weights (so scientific, whatever it is called elsewhere)."""
-        _expect(dtype, str, "dtype")
-        if not dtype:
-            raise ValueError("dtype cannot be empty")
+        _expect_text(dtype, "dtype")
         return self.override({"dtype": dtype})
 
     def with_activation_checkpointing(self, enabled: bool) -> Self:
@@ -263,6 +258,12 @@ def _expect(value: Any, kind: type, name: str) -> None:
     """Raises TypeError for another type; a bool is no int."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}")
+
+
+def _expect_text(value: Any, name: str) -> None:
+    _expect(value, str, name)
+    if not value:
+        raise ValueError(f"{name} cannot be empty")
 
 
 def _positive(value: int, name: str) -> int:

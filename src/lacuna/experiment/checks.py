@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,12 +16,15 @@ from typing import Any
 
 from lacuna.data.formats import Broken, find_files, read_file
 from lacuna.errors import DataError, LacunaError
-from lacuna.experiment.merge import MISSING, get
+from lacuna.experiment.merge import MISSING, get, leaves
 from lacuna.experiment.parameters import parameters, value_problem
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""
+PLACES = (*FILES, "output_dir", "log_dir", "checkpoint_dir", "data_files")
 SOURCES = ("json", "csv", "parquet", "text")
+TURNS = {"openai": "role", "sharegpt": "from"}
+"""What a turn of a conversation has in each of torchtune's styles."""
 LARGEST_JSON = 512 * 2**20
 """Bytes; a larger .json file is not read before the run."""
 
@@ -54,6 +58,9 @@ def _our_data(values: Mapping[str, Any]) -> Iterator[Problem]:
                 find_files(values[name])
         except DataError as error:
             yield Problem("", name, str(error), "correct the path", is_local=True)
+    template = values.get("chat_template")
+    if isinstance(template, str) and not Path(template).is_file():
+        yield Problem("", "chat_template", f"there is no file {template}", "correct the path", is_local=True)
 
 
 def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
@@ -69,8 +76,23 @@ def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
                         "", f"tokenizer.{name}", f"there is no file {file}", "download it, or correct it", True
                     )
     data = values.get("dataset")
-    if isinstance(data, dict):
-        yield from _dataset(values, data, gpus)
+    for index, part in enumerate(data if isinstance(data, list) else [data]):
+        place = f"dataset.{index}" if isinstance(data, list) else "dataset"
+        found = _dataset(values, part, gpus) if isinstance(part, dict) else ()
+        yield from (replace(problem, path=problem.path.replace("dataset", place, 1)) for problem in found)
+    for path, value in leaves(values):
+        is_place = path.rpartition(".")[2] in PLACES and isinstance(value, str)
+        if is_place and (value.startswith("~") or re.search(r"\$\w", value)):
+            what = f"{value} is taken as it stands: torchtune puts nothing for ~ or $NAME"
+            yield Problem("", path, what, "write the whole path, or ${oc.env:NAME} for a variable")
+    output = _resolved(values, values.get("output_dir"))
+    if values.get("resume_from_checkpoint") is True and isinstance(output, str) and not _holds_something(output):
+        what = f"there is nothing to resume in {output}, the folder of this run"
+        yield Problem("", "resume_from_checkpoint", what, "set it to false", True)
+
+
+def _holds_something(folder: str) -> bool:
+    return Path(folder).is_dir() and any(Path(folder).iterdir())
 
 
 def _resolved(values: Mapping[str, Any], value: Any) -> Any:
@@ -158,10 +180,12 @@ def _rows(
     batch, accumulation = values.get("batch_size"), values.get("gradient_accumulation_steps", 1)
     sizes = [batch, accumulation] if type(batch) is int and type(accumulation) is int else [1, 1]
     needed = max(1, sizes[0] * sizes[1] * gpus)
+    part = re.fullmatch(r"train(?:\[(\d*):(\d*)(%?)\])?", str(data.get("split", "train")))
+    limit = sys.maxsize if part and part[0] != "train" else needed
     count = 0
     for file in local:
         stat = Path(file).stat()
-        rows, problem = sample_rows(file, source, data.get("field"), needed - count, (stat.st_mtime_ns, stat.st_size))
+        rows, problem = sample_rows(file, source, data.get("field"), limit - count, (stat.st_mtime_ns, stat.st_size))
         if rows is None:
             return
         if problem is not None:
@@ -179,13 +203,21 @@ def _rows(
                 "", "dataset.data_files", what, f"set {setting.get(component, 'column_map')}, or another dataset"
             )
             return
-        if count >= needed:
+        style = str(data.get("conversation_style"))
+        turns = rows[0].get(data.get("conversation_column")) if rows and style in TURNS else None
+        if turns and not (isinstance(turns[0], dict) and TURNS[style] in turns[0]):
+            what = f"is {style}, but the turns of {file} have no {TURNS[style]!r}"
+            yield Problem(
+                "", "dataset.conversation_style", what, "write openai (role, content) or sharegpt (from, value)"
+            )
             return
-    if (
-        (count == 0 or not data.get("packed"))
-        and data.get("split", "train") == "train"
-        and not isinstance(data.get("data_files"), dict)
-    ):
+        if count >= limit:
+            return
+    if part is None or isinstance(data.get("data_files"), dict) or (data.get("split_across_pack") and count):
+        return
+    unit = count / 100 if part[3] else 1
+    count = max(0, min(count, int(int(part[2] or sys.maxsize) * unit)) - int(int(part[1] or 0) * unit))
+    if count < needed:
         found = f"{count} rows" if count else f"0 rows of {', '.join(local)}"
         step = f"{sizes[0]} × {sizes[1]} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
         what = f"{found} are fewer than one step of {step}: no step at all"
@@ -248,6 +280,8 @@ def _json_rows(file: str, field: str | None, limit: int) -> tuple[list[Any] | No
             try:
                 json.loads(first)
             except ValueError:
+                if not first.lstrip().startswith("{"):
+                    return [], ("data_files", f"{file} is no JSON: it begins with {first[:30]!r}", "correct `source`")
                 what = f"{file} is one object over several lines, no rows"
                 return [], ("data_files", what, "name the list in it, as field: train")
             return [json.loads(line) for line in itertools.islice(filter(str.strip, lines), limit)], None

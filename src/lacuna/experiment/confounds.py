@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lacuna.experiment.merge import MISSING, get
-from lacuna.experiment.schema import Experiment
+from lacuna.experiment.loaders import Base
+from lacuna.experiment.merge import MISSING, get, leaves
 
 
-def find_confounds(experiment: Experiment, trainer: str, runs: Sequence[Mapping[str, Any]], gpus: int) -> list[str]:
+def find_confounds(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence for each difference in budget or scale that a reader of the results should know of."""
-    if trainer == "torchtune":
-        return _torchtune(experiment, runs, gpus)
-    return _ours(runs)
+    return _torchtune(base, runs) if base.trainer == "torchtune" else _ours(runs)
 
 
 def _varies(runs: Sequence[Mapping[str, Any]], path: str) -> bool:
@@ -23,8 +21,9 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in sorted(values)))
 
 
-def _torchtune(experiment: Experiment, runs: Sequence[Mapping[str, Any]], gpus: int) -> list[str]:
+def _torchtune(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
+    gpus = base.gpus
     scales = [(get(run, "model.lora_alpha"), get(run, "model.lora_rank")) for run in runs]
     ratios = {
         alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int) and rank
@@ -49,12 +48,19 @@ def _torchtune(experiment: Experiment, runs: Sequence[Mapping[str, Any]], gpus: 
         is_packed = any(get(run, "dataset.packed") is True for run in runs)
         effect = "so do the samples in a packed row and the number of steps" if is_packed else "longer samples are cut"
         notes.append(f"confound: max_seq_len varies; {effect}")
-    if experiment.seeds:
-        notes.append(
-            "seeds vary the adapters' start and dropout; torchtune's sampler shuffles by seed 0 in every run, so the "
-            "order of the data is the same"
-        )
+    if any(_varies(runs, f"dataset.{name}") for name in ("source", "data_files", "split", "_component_")):
+        notes.append("confound: the data vary; where their sizes do, the number of optimizer steps does too")
+    if _varies(runs, "seed"):
+        notes.append(_seeds(base, runs))
     return notes
+
+
+def _seeds(base: Base, runs: Sequence[Mapping[str, Any]]) -> str:
+    order = "torchtune's sampler shuffles by seed 0 whatever the seed is, so the order of the data is the same"
+    draws = any("dropout" in path and value for run in runs for path, value in leaves(run))
+    if str(base.recipe).startswith(("full_", "qat_distributed")) and not draws:
+        return f"warning: seeds change nothing here: {order}, and full fine-tuning draws nothing else: equal models"
+    return f"seeds vary the adapters' start and dropout; {order}"
 
 
 def _ours(runs: Sequence[Mapping[str, Any]]) -> list[str]:

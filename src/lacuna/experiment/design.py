@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
         except (ConfigError, ValueError) as error:
             found = error.problems if isinstance(error, ConfigError) else [f"{layer.name}: {error}"]
             wrong.update(dict.fromkeys(found))
-    wrong.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs)))
+    wrong.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs, touched)))
     if wrong:
         raise ConfigError(list(wrong))
-    notes = [*base.notes, *find_confounds(experiment, base.trainer, [run.values for run in runs], base.gpus)]
+    notes = [*base.notes, *find_confounds(base, [run.values for run in runs])]
     return Design(experiment, base, runs, touched, notes)
 
 
@@ -88,6 +89,7 @@ class _Composer:
         self.fixed = {"experiment_name": experiment.experiment_name, **scalars}
         varying = [*experiment.variables, *(experiment.paired or [{}])[0], *(["seed"] * bool(experiment.seeds))]
         self.varying = {name.removeprefix("+") for name in [*varying, *experiment.derived]}
+        self.derived = _in_order(experiment, base.trainer, values, places, layer)
         self.lines = {
             path: line for (section, name), path in places.items() if (line := layer.lines.get(f"{section}.{name}"))
         }
@@ -100,8 +102,8 @@ class _Composer:
             section = "variables" if name in self.experiment.variables else "paired"
             path = self.places["seeds" if seeded and name == "seed" else section, name]
             override = merge(override, nested(path, value))
-        for name, expression in self.experiment.derived.items():
-            path = self.places["derived", name]
+        for name in self.derived:
+            path, expression = self.places["derived", name], self.experiment.derived[name]
             result = self._derive(name, path, expression, names, merge(self.settled, override))
             names[name.removeprefix("+")] = result
             override = merge(override, nested(path, result))
@@ -152,6 +154,25 @@ class _Composer:
         return {"trainer": self.trainer, **dumped}
 
 
+def _in_order(experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> list[str]:
+    """The derived names, each after those that it is worked out from. Raises ConfigError for a circle."""
+    owners = {places["derived", name]: name for name in experiment.derived}
+    owners |= {name.removeprefix("+"): name for name in experiment.derived}
+    needs = {
+        name: {
+            owners[key]
+            for word in words_in(expression)
+            for key in (word, find_path(word, trainer, base)[0])
+            if key in owners
+        }
+        for name, expression in experiment.derived.items()
+    }
+    try:
+        return list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise ConfigError(f"{layer.where('derived')}: derived in a circle: {' → '.join(error.args[1])}") from None
+
+
 def _filled(value: Any, names: Settings) -> Any:
     if isinstance(value, list):
         return [_filled(item, names) for item in value]
@@ -160,26 +181,31 @@ def _filled(value: Any, names: Settings) -> Any:
     return fill(value, names) if isinstance(value, str) else value
 
 
-def _collisions(trainer: str, runs: list[Run]) -> list[str]:
-    """Runs that would write into one folder, or into each other's."""
-    owners: dict[str, str] = {}
+def _collisions(trainer: str, runs: list[Run], touched: list[str]) -> list[str]:
+    """Runs that would write into one folder, or into each other's, and runs that are the same."""
+    owners: dict[tuple[str, str], str] = {}
     problems = []
+    inner = [path for path, _ in leaves(runs[0].values) if path.endswith((".output_dir", ".log_dir"))] if runs else []
     for run in runs:
-        folder = os.path.normpath(run.output_dir) if run.output_dir is not None else run.id
-        if folder in owners:
-            problems.append(f"output_dir: {owners[folder]} and {run.id} share {folder}: name all that varies in it")
-        owners.setdefault(folder, run.id)
-    for folder, id in owners.items():
-        above = next((str(parent) for parent in Path(folder).parents if str(parent) in owners), None)
+        for path in ["output_dir", *(inner if trainer == "torchtune" else ())]:
+            folder = run.output_dir if path == "output_dir" else get(run.values, path)
+            is_off = get(run.values, f"{path.rpartition('.')[0]}.enabled") is False
+            if not isinstance(folder, str) or is_off or "${output_dir}" in folder:
+                continue
+            owner = owners.setdefault((path, os.path.normpath(folder)), run.id)
+            if owner != run.id:
+                advice = "name all that varies in it" + (", or begin it with ${output_dir}" if "." in path else "")
+                problems.append(f"{path}: {owner} and {run.id} share {folder}: {advice}")
+    for (path, folder), id in owners.items():
+        above = next((str(parent) for parent in Path(folder).parents if (path, str(parent)) in owners), None)
         if above is not None and above != folder:
-            problems.append(f"output_dir: the folder of {id}, {folder}, lies in that of {owners[above]}")
-    for path, value in leaves(runs[0].values) if trainer == "torchtune" and len(runs) > 1 else []:
-        is_folder = path.endswith((".output_dir", ".log_dir")) and isinstance(value, str) and "${" not in value
-        is_off = get(runs[0].values, f"{path.rpartition('.')[0]}.enabled") is False
-        if is_folder and not is_off and all(get(run.values, path) == value for run in runs):
-            problems.append(
-                f"{path} is {value} for every run: write ${{output_dir}} there, such as ${{output_dir}}/logs"
-            )
+            problems.append(f"{path}: the folder of {id}, {folder}, lies in that of {owners[path, above]}")
+    same: dict[tuple[str, ...], str] = {}
+    for run in runs:
+        found = [repr(get(run.values, path)) for path in touched if path != "output_dir"]
+        twin = same.setdefault((*found, repr(run.settings.get("output_dir"))), run.id)
+        if twin != run.id:
+            problems.append(f"{twin} and {run.id} are the same run: what varies between them has no effect")
     return problems
 
 
@@ -192,8 +218,8 @@ def _with_deletions(experiment: Experiment, base: Base, layer: Layer) -> tuple[V
         where = f"{layer.where(f'controls.{name}')}: {name!r}"
         if not name.startswith("~"):
             continue
-        if value is not None:
-            problems.append(f"{where} deletes, so its value is null, not {value!r}")
+        if value not in (None, True):
+            problems.append(f"{where} deletes, so its value is null (in TOML: true), not {value!r}")
         elif get(values, path) is MISSING:
             hint = did_you_mean(path, [leaf for leaf, _ in leaves(values)])
             problems.append(f"{where}: the base config has nothing to delete there{hint}")
@@ -256,7 +282,9 @@ def _wrong_exclusions(experiment: Experiment) -> list[str]:
             f"exclude, entry {index}: {name!r} does not vary{did_you_mean(name, [*everything[0]])}" for name in unknown
         ]
         if not unknown and not any(matches(run, entry) for run in everything):
-            problems.append(f"exclude, entry {index} fits no run")
+            held = {name: list(dict.fromkeys(repr(run[name]) for run in everything)) for name in entry}
+            shown = "; ".join(f"{name} is {', '.join(values)}" for name, values in held.items())
+            problems.append(f"exclude, entry {index} fits no run: {shown}")
     return problems or ([] if _kept(experiment) else ["exclude leaves no run"])
 
 

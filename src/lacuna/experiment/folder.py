@@ -1,5 +1,6 @@
 """The folder of generated configs: files of ours are replaced when asked, others never, and all together or none."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -29,34 +30,63 @@ def staged(output: Path, files: Mapping[str, str], force: bool) -> Iterator[Path
 
     A kill while they are moved is made good by the next call, which goes on where it stopped.
     Raises ConfigError, before anything is written, where a file is in the way: one that was not generated, or was
-    changed since, or, without force, one of another experiment.
+    changed since, or, without force, one of another experiment; and where another process generates there.
     """
     contents = {name: text.encode() for name, text in files.items()}
     stage, ready = output / STAGE, output / READY
-    if ready.exists():
-        _move_in(ready, output)
-    _refuse_overwriting(output, contents, force)
-    is_new = not output.exists()
+    with _alone_in(output):
+        try:
+            with _told(output):
+                if ready.exists():
+                    _move_in(ready, output)
+                _refuse_overwriting(output, contents, force)
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                for name, content in contents.items():
+                    (stage / name).write_bytes(content)
+            yield stage
+            with _told(output):
+                stage.rename(ready)
+                _move_in(ready, output)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Hold the folder, which is made, and taken away again if it stays empty; the lock ends with the process."""
+    with _told(output):
+        if output.exists() and not output.is_dir():
+            raise ConfigError(f"{output} is a file: choose another --output")
+        is_new = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output, os.O_RDONLY)
     try:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        for name, content in contents.items():
-            (stage / name).write_bytes(content)
-        yield stage
-        stage.rename(ready)
-        _move_in(ready, output)
-    except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        if is_new and output.exists() and not any(output.iterdir()):
-            output.rmdir()
-        if isinstance(error, OSError):
-            raise ConfigError(f"{output}: cannot be written: {error.strerror}") from None
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process generates into {output} right now: wait for it") from None
+        try:
+            yield
+        finally:
+            if is_new and not any(output.iterdir()):
+                output.rmdir()
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(output: Path) -> Iterator[None]:
+    """What the file system refuses, as a message."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror}") from None
 
 
 def _move_in(ready: Path, output: Path) -> None:
     """The files of a complete stage, the mapping last; before it is there, the old one tells what is left over."""
-    if (ready / MAPPING).exists():
+    if (ready / MAPPING).is_file():
         for name in set(_written_by(output)) - set(_written_by(ready)):
             (output / name).unlink(missing_ok=True)
         for file in sorted(ready.iterdir(), key=lambda file: file.name == MAPPING):
@@ -65,8 +95,6 @@ def _move_in(ready: Path, output: Path) -> None:
 
 
 def _refuse_overwriting(output: Path, contents: Mapping[str, bytes], force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file: choose another --output")
     ours = _written_by(output)
     present = [name for name in dict.fromkeys([*contents, *ours]) if (output / name).exists()]
     found = {name: digest((output / name).read_bytes()) for name in present if (output / name).is_file()}

@@ -48,7 +48,7 @@ def generate(
     planned = design(experiment, torchtune_python)
     texts = {f"{run.id}.yaml": dump_yaml(run.values) for run in planned.runs}
     mapping = _mapping(planned, texts)
-    notes = list(planned.notes)
+    notes = [*planned.notes, *_existing(planned)]
     with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
         configs = {run.id: run.values for run in planned.runs}
         problems = check_configs(planned.base, configs, planned.touched, stage) if validate else []
@@ -63,6 +63,15 @@ def generate(
         notes.append("the configs were not validated (--no-validate)")
     first = str(output / f"{planned.runs[0].id}.yaml")
     return Generated(str(output), planned.base.name, _command(planned, first), planned.runs, notes, mapping)
+
+
+def _existing(planned: Design) -> list[str]:
+    """torchtune writes over what is in a run's folder; our own trainers resume or refuse."""
+    folders = [Path(run.output_dir) for run in planned.runs if run.output_dir is not None]
+    full = [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    if not full or planned.base.trainer != "torchtune":
+        return []
+    return [f"{len(full)} of the run folders hold something already ({full[0]} …): a run would write over it"]
 
 
 def _command(planned: Design, config: str) -> list[str]:

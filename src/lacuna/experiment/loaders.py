@@ -1,5 +1,6 @@
 """The config that an experiment starts from: a torchtune recipe's, an own torchtune file, or one of lacuna's."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_pytho
     else:
         known = sorted({shipped.recipe for shipped in recipes(environment)})
         found = paired_recipe(recipe, gpus) if gpus is not None else recipe
-        if found not in known:
+        if found not in known and not (found.endswith(".py") and Path(found).is_file()):
             raise ConfigError(
                 f"recipe: torchtune has no {found!r}{did_you_mean(found, known)}; it has {', '.join(known)}"
             )
@@ -110,4 +111,4 @@ def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_pytho
 def _find_file(name: str, layer: Layer) -> Path:
     """From the working directory, as trainers read paths, else from the experiment file's folder."""
     beside = Path(layer.name).parent / name
-    return beside if layer.lines and not Path(name).exists() and beside.exists() else Path(name)
+    return beside if layer.lines and not os.path.exists(name) and os.path.exists(beside) else Path(name)

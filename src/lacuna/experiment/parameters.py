@@ -50,7 +50,7 @@ TORCHTUNE: dict[str, Parameter] = {
     "gradient_accumulation_steps": _at("gradient_accumulation_steps", SCIENTIFIC, Count),
     "clip_grad_norm": _at("clip_grad_norm", SCIENTIFIC, Positive | None),
     "seed": _at(
-        "seed", SCIENTIFIC, Annotated[int, Field(ge=0)] | None,
+        "seed", SCIENTIFIC, Annotated[int, Field(ge=0, lt=2**32)] | None,
         "adapters and dropout; torchtune's sampler shuffles by seed 0 whatever it is",
     ),
     "shuffle": _at("shuffle dataloader.shuffle", SCIENTIFIC, bool),
@@ -77,7 +77,7 @@ TORCHTUNE: dict[str, Parameter] = {
     "compile": _at("compile", ENGINEERING, bool),
     "fused": _at("optimizer.fused", ENGINEERING, bool, "torch's optimizers only"),
     "device": _at("device", ENGINEERING, Annotated[str, Field(pattern=r"^(cuda|cpu|mps|xpu|npu)(:\d+)?$")]),
-    "log_every_n_steps": _at("log_every_n_steps", ENGINEERING, Count | None),
+    "log_every_n_steps": _at("log_every_n_steps", ENGINEERING, Count),
     "checkpoint_dir": _at("checkpointer.checkpoint_dir", SCIENTIFIC, str, "the weights to start from"),
     "output_dir": _at("output_dir", ENGINEERING, str, "of the experiment; each run gets a folder below"),
     "resume_from_checkpoint": _at("resume_from_checkpoint", ENGINEERING, bool),

@@ -16,6 +16,7 @@ from lacuna.experiment.merge import MISSING, Values, get, kind, leaves
 METHODS_OF_A_MAPPING = {"get", "pop", "keys", "items"}
 READ_BY_ANOTHER_NAME = {"profiler"}
 REFUSES_FP16 = re.compile(r"fp16 \w+ is not supported")
+COMPONENT = "a mapping with a _component_"
 ROLES = ("system", "user", "assistant", "ipython", "tool")
 
 
@@ -43,19 +44,20 @@ def recipe_facts(name: str, script: Path, configs: Sequence[Path], others: Seque
             case ast.Attribute(value=holder, attr=key) if key not in METHODS_OF_A_MAPPING:
                 if (section := _section(holder)) is not None:
                     attributes.add(f"{section}.{key}".lstrip("."))
-            case ast.Call(func=ast.Attribute(value=holder, attr="get" | "pop"), args=[ast.Constant(str(key)), *_]):
-                read |= {key} if _section(holder) == "" else set()
-            case ast.Subscript(value=holder, slice=ast.Constant(str(key))):
-                read |= {key} if _section(holder) == "" else set()
-            case ast.Compare(left=ast.Constant(str(key)), comparators=[holder]):
-                read |= {key} if _section(holder) == "" else set()
+            case (
+                ast.Call(func=ast.Attribute(value=holder, attr="get" | "pop"), args=[ast.Constant(str(key)), *_])
+                | ast.Subscript(value=holder, slice=ast.Constant(str(key)))
+                | ast.Compare(left=ast.Constant(str(key)), comparators=[holder])
+            ) if _section(holder) == "":
+                read.add(key)
     shipped, rest = (
         tuple(parse_yaml(file.read_text(encoding="utf-8"), str(file))[0] for file in files)
         for files in (configs, others)
     )
     kinds: dict[str, set[str]] = {}
     for key, value in (item for config in (*shipped, *rest) for item in config.items()):
-        kinds.setdefault(key, {"null"}).add(kind(value))
+        is_component = isinstance(value, dict) and "_component_" in value
+        kinds.setdefault(key, {"null"}).add(COMPONENT if is_component else kind(value))
     needed = {path for path in attributes if all(get(config, path) is not MISSING for config in shipped)}
     return RecipeFacts(
         name,
@@ -70,7 +72,7 @@ def recipe_facts(name: str, script: Path, configs: Sequence[Path], others: Seque
 def _section(holder: ast.expr) -> str | None:
     """`cfg` → "", `cfg.model` and `cfg_model` → "model"; None for what is no config."""
     text = ast.unparse(holder)
-    found = re.fullmatch(r"(?:self\._?)?(?:cfg|config)(?:[._](\w+))?", text)
+    found = re.fullmatch(r"(?:self\._?)?cfg(?:[._](\w+))?", text)
     return None if found is None else found[1] or ""
 
 
@@ -91,13 +93,12 @@ def check_recipe(facts: RecipeFacts, values: Values, touched: Sequence[str], is_
             what = f"the recipe {facts.name} never reads it{hint}"
             yield Problem("", str(key), what, "correct the name, or leave it out")
             continue
-        is_component = [isinstance(one, dict) and "_component_" in one for one in held]
-        if key in facts.needed and all(is_component) and not isinstance(value, list):
-            if not (isinstance(value, dict) and "_component_" in value):
-                yield Problem("", key, f"is {value!r}, not a mapping with a _component_", "write one")
-            continue
-        kinds = facts.kinds.get(key, {kind(value)})
-        if kind(value) not in kinds and "${" not in str(value) and key != "dataset":
+        found = COMPONENT if isinstance(value, dict) and "_component_" in value else kind(value)
+        kinds = facts.kinds.get(key, frozenset())
+        may_be_null = key not in facts.needed or COMPONENT not in kinds
+        is_list_of_components = isinstance(value, list) and COMPONENT in kinds
+        is_known = not kinds - {"null"} or found in kinds - ({"null"} if not may_be_null else set())
+        if not (is_known or is_list_of_components or "${" in str(value)):
             what = f"is {value!r}, and should be {' or '.join(sorted(kinds - {'null'}))}"
             yield Problem("", key, what, "correct it")
     component = str(get(values, "model._component_")).rpartition(".")[2]

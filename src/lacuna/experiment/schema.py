@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lacuna.config.files import Layer, check, read_layer
+from lacuna.experiment.merge import leaves
 
 MOST_RUNS = 100_000
 Named = Annotated[str, Field(min_length=1)]
@@ -53,8 +54,11 @@ class Experiment(BaseModel):
     @field_validator("variables", mode="before")
     @classmethod
     def _have_values(cls, variables: Any) -> Any:
+        if not isinstance(variables, dict):
+            return variables
         problems = []
-        for name, values in variables.items() if isinstance(variables, dict) else []:
+        variables = dict(leaves(variables))
+        for name, values in variables.items():
             if not isinstance(values, list) or not values:
                 problems.append(f"{name!r} needs a list of values, not {values!r}; a fixed value goes under controls")
             elif (twice := _first_repeated(values)) is not None:

@@ -183,8 +183,10 @@ def nearest_recipe(environment: Environment, values: dict[str, Any], gpus: int |
         theirs = _outline(shipped)
         return len(own & theirs), len(own & theirs) / len(theirs)
 
-    candidates = [r for r in recipes(environment) if r.recipe == paired_recipe(r.recipe, gpus or 1)]
-    return max(candidates, key=likeness)
+    known = recipes(environment)
+    names = {recipe.recipe for recipe in known}
+    wrong_kind = {name for name in names if paired_recipe(name, gpus or 1) in names - {name}}
+    return max((recipe for recipe in known if recipe.recipe not in wrong_kind), key=likeness)
 
 
 def _outline(values: dict[str, Any]) -> set[tuple[str, str]]:
@@ -201,9 +203,10 @@ def command(environment: Environment | None, recipe: str | None, gpus: int, conf
 
 def facts_of(environment: Environment, recipe: str) -> RecipeFacts:
     """What the recipe reads and needs."""
+    script = Path(recipe) if recipe.endswith(".py") else environment.packages / "recipes" / f"{recipe}.py"
     configs = tuple(shipped.file for shipped in recipes(environment) if shipped.recipe == recipe)
     others = tuple(shipped.file for shipped in recipes(environment) if shipped.recipe != recipe)
-    return recipe_facts(recipe, environment.packages / "recipes" / f"{recipe}.py", configs, others)
+    return recipe_facts(recipe, script, configs, others)
 
 
 def validate(environment: Environment, runs: Sequence[Mapping[str, Any]]) -> list[Problem]:

@@ -195,12 +195,57 @@ def test_what_only_the_trainer_can_know_is_left_to_it(values: Settings) -> None:
 
 
 def test_the_data_of_lacunas_trainers_must_be_there() -> None:
-    values = {"dataset": "rows.jsonl", "validation_dataset": "none.jsonl", "batch_size": 0}
+    Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values = {"dataset": "pairs.jsonl", "dataset_schema": "auto", "validation_dataset": "none.jsonl", "batch_size": 0}
     problems = list(check_run("sft", "r", values, 1))
     assert [(problem.path, problem.is_local) for problem in problems] == [
         ("batch_size", False), ("validation_dataset", True)
     ]  # fmt: skip
     assert not list(check_run("pretrain", "r", {"dataset": "org/name"}, 1))
+    (problem,) = check_run("sft", "r", {"dataset": "rows.jsonl", "dataset_schema": "auto"}, 1)
+    assert (problem.path, problem.is_local) == ("dataset", False)
+    assert "the columns are input, output; needed are chat: messages" in problem.what
+    (problem,) = check_run("sft", "r", {"chat_template": "none.jinja"}, 1)
+    assert (problem.path, problem.is_local) == ("chat_template", True)
+
+
+def test_packed_rows_are_at_most_what_the_bytes_can_fill() -> None:
+    step: Settings = {"batch_size": 2, "gradient_accumulation_steps": 2, "tokenizer": {"max_seq_len": 4096}}
+    assert "1 rows are fewer" in lines(**step, dataset=dataset("rows.jsonl", packed=True))
+    step["tokenizer"] = {"max_seq_len": 64}
+    assert lines(**step, dataset=dataset("rows.jsonl", packed=True)) == ""
+
+
+def test_places_that_nothing_expands_are_named() -> None:
+    for path in ("~/out", "$SCRATCH/out"):
+        assert "output_dir begins with ~ or holds $NAME" in lines(output_dir=path)
+    assert lines(output_dir="${oc.env:HOME}/out") == ""
+
+
+def test_a_list_of_data_sets_is_looked_into() -> None:
+    assert "dataset.1.data_files there is no file none.jsonl" in lines(
+        dataset=[dataset("rows.jsonl"), dataset("none.jsonl")], batch_size=2
+    )
+
+
+def test_nothing_to_resume_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert "resume_from_checkpoint there is nothing to resume in" in lines(
+        resume_from_checkpoint=True, output_dir=str(tmp_path / "run")
+    )
+    (tmp_path / "run" / "epoch_0").mkdir()
+    assert lines(resume_from_checkpoint=True, output_dir=str(tmp_path / "run")) == ""
+
+
+def test_a_conversation_of_the_other_style_is_told() -> None:
+    Path("chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 4)
+    section = dataset("chat.jsonl", component=CHAT, conversation_column="messages", conversation_style="sharegpt")
+    assert "is sharegpt, but the turns of chat.jsonl have no 'from'" in lines(dataset=section, batch_size=2)
+    assert lines(dataset={**section, "conversation_style": "openai"}, batch_size=2) == ""
+
+
+def test_a_file_of_another_kind_is_no_object_over_several_lines() -> None:
+    assert "rows.csv is no JSON: it begins with" in lines(dataset=dataset("rows.csv"), batch_size=2)
 
 
 def test_a_summary_has_one_line_for_equal_problems() -> None:

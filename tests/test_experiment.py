@@ -1,5 +1,6 @@
 """From experiment.yaml to configs, without any torchtune: names, values, runs, notes, and the folder they go to."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,8 +20,10 @@ from lacuna.config.training import TRAINERS
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment.checks import check_run
+from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.design import Design, design
-from lacuna.experiment.parameters import value_problem
+from lacuna.experiment.loaders import Base
+from lacuna.experiment.parameters import find_path, value_problem
 
 ROOT = Path(__file__).parent.parent
 BASE = """\
@@ -407,7 +410,8 @@ def test_a_confound_is_said_aloud(changes: Settings, words: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_confound_is_not_called_one(changes: Settings) -> None:
-    assert "confound" not in "\n".join(plan(changes.pop("base", OWN), **changes).notes)
+    notes = "\n".join(plan(changes.pop("base", OWN), **changes).notes)
+    assert "confound" not in notes.replace("confound: seed is null, so every run draws its own", "")
 
 
 def test_a_rank_of_zero_in_the_base_is_a_problem_and_no_crash(folder: Path) -> None:
@@ -660,3 +664,66 @@ def test_a_real_kill_at_any_time_is_mended_by_force(run: Run, folder: Path) -> N
     assert outcome.code == 0, outcome.output
     assert run("lacuna", "generate", "experiment.yaml", output="clean").code == 0
     assert everything(folder / "configs") == everything(folder / "clean")
+
+
+def test_derived_values_are_worked_out_in_the_order_they_need() -> None:
+    derived = {"learning_rate": "0.1 / lora_alpha", "lora_alpha": "2 * lora_rank"}
+    runs = plan(variables={"lora_rank": [4, 8]}, derived=derived).runs
+    assert [(run.values["model"]["lora_alpha"], run.values["optimizer"]["lr"]) for run in runs] == [
+        (8, 0.0125), (16, 0.00625)
+    ]  # fmt: skip
+    circle = {"learning_rate": "0.1 / lora_alpha", "lora_alpha": "2 / optimizer.lr"}
+    assert "derived in a circle: " in problems(variables={"lora_rank": [4, 8]}, derived=circle)
+    assert "did you mean 'lora_rank'?" in problems(variables=RANKS, derived={"lora_alpha": "2 * lora_rnk"})
+
+
+def test_two_runs_that_are_the_same_are_refused() -> None:
+    values = [{"packed": False}, {"_component_": "torchtune.datasets.alpaca_cleaned_dataset"}]
+    assert "run_000 and run_001 are the same run" in problems(variables={"dataset": values})
+
+
+def test_inner_folders_are_not_shared_either() -> None:
+    grid = {"lora_rank": [4, 8], "learning_rate": [1e-3, 2e-3]}
+    shared = problems(variables=grid, controls={"metric_logger.log_dir": "logs/{lora_rank}"})
+    assert "metric_logger.log_dir: run_000 and run_001 share logs/4" in shared
+    assert "name all that varies in it, as {lora_rank}_{learning_rate}" in shared
+    apart = plan(variables=grid, controls={"metric_logger.log_dir": "logs/{lora_rank}_{learning_rate}"})
+    assert apart.runs[3].values["metric_logger"]["log_dir"] == "logs/8_0.002"
+
+
+def test_seeds_that_change_nothing_are_told() -> None:
+    for recipe, words in {
+        "full_finetune_single_device": "seeds change nothing here",
+        "lora_x": "vary the adapters",
+    }.items():
+        base = Base("b", "torchtune", {}, {}, recipe, None, False, 1, ())
+        notes = find_confounds(base, [{"seed": 1}, {"seed": 2}])
+        assert len(notes) == 1
+        assert words in notes[0]
+    assert any("seed is null" in note for note in plan(variables=RANKS).notes)
+    assert any("the data vary" in note for note in plan(variables={"+dataset.source": ["a", "b"]}).notes)
+
+
+def test_one_generate_at_a_time_writes_into_a_folder(run: Run, folder: Path) -> None:
+    (folder / "experiment.yaml").write_text(dump_yaml({**OWN, "variables": RANKS}))
+    (folder / "configs").mkdir()
+    handle = os.open(folder / "configs", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    outcome = run("lacuna", "generate", "experiment.yaml", "--no-validate")
+    os.close(handle)
+    assert (outcome.code, list((folder / "configs").iterdir())) == (2, [])
+    assert "another process generates into configs right now" in outcome.output
+    assert run("lacuna", "generate", "experiment.yaml", "--no-validate").code == 0
+
+
+def test_names_of_the_other_trainer_are_translated() -> None:
+    for name, ours in {"packed": "packing", "max_seq_len": "sequence_length", "dataset.data_files": "dataset"}.items():
+        assert find_path(name, "sft", {})[1] == f"sft has no setting {name!r}; what torchtune calls so is {ours} here"
+    assert "trains whole models" in str(find_path("lora_rank", "sft", {})[1])
+    assert "did you mean 'learning_rate'?" in str(find_path("lr", "torchtune", {})[1])
+    assert "trains no adapters" in str(find_path("lora_rank", "torchtune", {"model": {"_component_": "m"}})[1])
+
+
+def test_an_empty_output_is_refused(run: Run, folder: Path) -> None:
+    (folder / "experiment.yaml").write_text(dump_yaml({**OWN, "variables": RANKS}))
+    assert "--output is empty" in run("lacuna", "generate", "experiment.yaml", "--output", "").output

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lacuna import __version__
-from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, without_subject
+from lacuna.config.files import Layer, check, did_you_mean, flag_name, merge_layers, read_layer, without_subject
 from lacuna.config.training import ALTERNATIVES, TRAINERS, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 
@@ -252,7 +252,9 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
 
     found = list_recipes(pattern, torchtune_python)
     if not found:
-        raise ConfigError(f"no config of torchtune's matches {pattern!r}; `lacuna recipes` lists all")
+        known = [recipe.config for recipe in list_recipes("", torchtune_python)]
+        hint = did_you_mean(pattern, [*known, *(name.partition("/")[0] for name in known)])
+        raise ConfigError(f"no config of torchtune's matches {pattern!r}{hint}; `lacuna recipes` lists all")
     rows = [(r.config, r.model, r.method, "several" if r.distributed else "one", r.recipe) for r in found]
     rows.insert(0, ("config", "model", "method", "devices", "recipe"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

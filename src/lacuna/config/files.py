@@ -121,6 +121,8 @@ def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer],
     path = ".".join(str(part) for part in details["loc"])
     top = str(details["loc"][0]) if details["loc"] else ""
     where = f"{origins[top].where(path if path in origins[top].lines else top)}: " if top in origins else ""
+    if not details["loc"] and not has_flags:
+        where = f"{next(iter(origins.values())).name}: " if origins else ""
     match details["type"]:
         case "extra_forbidden":
             return f"{where}unknown setting {path!r}{did_you_mean(path, list(model.model_fields))}"

@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lacuna.data.formats import Broken, find_files, read_file
-from lacuna.errors import DataError, LacunaError
+from lacuna.config.files import did_you_mean
+from lacuna.data.formats import Broken, find_files, peek, read_file
+from lacuna.data.schemas import detect_schema
+from lacuna.errors import DataError, LacunaError, MissingExtraError
 from lacuna.experiment.merge import MISSING, get, leaves
 from lacuna.experiment.parameters import parameters, value_problem
 
@@ -25,6 +27,10 @@ PLACES = (*FILES, "output_dir", "log_dir", "checkpoint_dir", "data_files")
 SOURCES = ("json", "csv", "parquet", "text")
 TURNS = {"openai": "role", "sharegpt": "from"}
 """What a turn of a conversation has in each of torchtune's styles."""
+SMALL = 2**24
+"""Bytes of data that are counted to the end, to know how many packed rows they can fill at most."""
+TEMPLATE = 64
+"""Tokens that a prompt template and a tokenizer may add to a row, at most; a token is at least a byte."""
 LARGEST_JSON = 512 * 2**20
 """Bytes; a larger .json file is not read before the run."""
 
@@ -52,12 +58,22 @@ def check_run(trainer: str, run: str, values: Mapping[str, Any], gpus: int) -> I
 
 
 def _our_data(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Files that are not there, and first rows that fit no schema."""
     for name in ("dataset", "validation_dataset"):
         try:
-            if isinstance(values.get(name), str):
-                find_files(values[name])
+            files = find_files(values[name]) if isinstance(values.get(name), str) else None
         except DataError as error:
             yield Problem("", name, str(error), "correct the path", is_local=True)
+            continue
+        try:
+            first, _ = peek(row for file in files or () for row in read_file(file))
+            if first:
+                wanted, column = values.get("dataset_schema", "text"), values.get("text_column", "text")
+                detect_schema(first, wanted, column, values[name])
+        except MissingExtraError:
+            continue
+        except DataError as error:
+            yield Problem("", name, str(error), "correct the file, or dataset_schema")
     template = values.get("chat_template")
     if isinstance(template, str) and not Path(template).is_file():
         yield Problem("", "chat_template", f"there is no file {template}", "correct the path", is_local=True)
@@ -83,7 +99,7 @@ def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
     for path, value in leaves(values):
         is_place = path.rpartition(".")[2] in PLACES and isinstance(value, str)
         if is_place and (value.startswith("~") or re.search(r"\$\w", value)):
-            what = f"{value} is taken as it stands: torchtune puts nothing for ~ or $NAME"
+            what = "begins with ~ or holds $NAME, which torchtune takes as it stands"
             yield Problem("", path, what, "write the whole path, or ${oc.env:NAME} for a variable")
     output = _resolved(values, values.get("output_dir"))
     if values.get("resume_from_checkpoint") is True and isinstance(output, str) and not _holds_something(output):
@@ -181,7 +197,9 @@ def _rows(
     sizes = [batch, accumulation] if type(batch) is int and type(accumulation) is int else [1, 1]
     needed = max(1, sizes[0] * sizes[1] * gpus)
     part = re.fullmatch(r"train(?:\[(\d*):(\d*)(%?)\])?", str(data.get("split", "train")))
-    limit = sys.maxsize if part and part[0] != "train" else needed
+    is_packed = data.get("packed") is True and isinstance(length := get(values, "tokenizer.max_seq_len"), int)
+    size = sum(Path(file).stat().st_size for file in local)
+    limit = sys.maxsize if (part and part[0] != "train") or (is_packed and size < SMALL) else needed
     count = 0
     for file in local:
         stat = Path(file).stat()
@@ -198,6 +216,7 @@ def _rows(
             return
         if rows and (unknown := [name for name in needed_columns(component, data) if name not in rows[0]]):
             what = f"{file} has no column {unknown[0]!r}; it has {', '.join(map(repr, rows[0]))}"
+            what += did_you_mean(unknown[0], [*map(str, rows[0])])
             setting = {"chat_dataset": "conversation_column", "text_completion_dataset": "column"}
             yield Problem(
                 "", "dataset.data_files", what, f"set {setting.get(component, 'column_map')}, or another dataset"
@@ -213,6 +232,8 @@ def _rows(
             return
         if count >= limit:
             return
+    if is_packed and size < SMALL and source != "parquet":
+        count = min(count, 2 * (size + TEMPLATE * count) // length + 1)
     if part is None or isinstance(data.get("data_files"), dict) or (data.get("split_across_pack") and count):
         return
     unit = count / 100 if part[3] else 1

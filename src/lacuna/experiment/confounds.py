@@ -50,6 +50,10 @@ def _torchtune(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
         notes.append(f"confound: max_seq_len varies; {effect}")
     if any(_varies(runs, f"dataset.{name}") for name in ("source", "data_files", "split", "_component_")):
         notes.append("confound: the data vary; where their sizes do, the number of optimizer steps does too")
+    if len(runs) > 1 and all(get(run, "seed") is None for run in runs):
+        notes.append(
+            "confound: seed is null, so every run draws its own; `seeds: [1, 2, 3]` makes it a part of the design"
+        )
     if _varies(runs, "seed"):
         notes.append(_seeds(base, runs))
     return notes

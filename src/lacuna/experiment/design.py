@@ -13,7 +13,7 @@ from lacuna.errors import ConfigError
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.loaders import Base, load_base
 from lacuna.experiment.merge import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
-from lacuna.experiment.parameters import expects_whole_number, find_path, place, value_problem
+from lacuna.experiment.parameters import expects_whole_number, find_path, parameters, place, value_problem
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
 
@@ -104,7 +104,10 @@ class _Composer:
             override = merge(override, nested(path, value))
         for name in self.derived:
             path, expression = self.places["derived", name], self.experiment.derived[name]
-            result = self._derive(name, path, expression, names, merge(self.settled, override))
+            try:
+                result = self._derive(name, path, expression, names, merge(self.settled, override))
+            except ValueError as error:
+                raise ConfigError(f"{self.layer.where(f'derived.{name}')}: {error}") from None
             names[name.removeprefix("+")] = result
             override = merge(override, nested(path, result))
         texts = [*self.texts, *((path, value) for path, value in leaves(override) if "{" in str(value))]
@@ -123,7 +126,7 @@ class _Composer:
         """
         known = {word: get(values, find_path(word, self.trainer, values)[0]) for word in words_in(expression)}
         numbers = {word: value for word, value in known.items() if isinstance(value, int | float)}
-        result = evaluate(expression, {**numbers, **names})
+        result = evaluate(expression, {**numbers, **names}, [*names, *parameters(self.trainer)])
         if isinstance(result, float) and result.is_integer() and expects_whole_number(self.trainer, path):
             result = int(result)
         conflict = next((how for _, how in type_conflicts(self.values, nested(path, result))), None)
@@ -194,7 +197,9 @@ def _collisions(trainer: str, runs: list[Run], touched: list[str]) -> list[str]:
                 continue
             owner = owners.setdefault((path, os.path.normpath(folder)), run.id)
             if owner != run.id:
-                advice = "name all that varies in it" + (", or begin it with ${output_dir}" if "." in path else "")
+                names = "_".join(f"{{{name}}}" for name in [*run.settings, *["seed"] * (run.seed is not None)])
+                advice = f"name all that varies in it, as {names}"
+                advice += ", or begin it with ${output_dir}" if "." in path else ""
                 problems.append(f"{path}: {owner} and {run.id} share {folder}: {advice}")
     for (path, folder), id in owners.items():
         above = next((str(parent) for parent in Path(folder).parents if (path, str(parent)) in owners), None)

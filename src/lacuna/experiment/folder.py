@@ -107,8 +107,8 @@ def _refuse_overwriting(output: Path, contents: Mapping[str, bytes], force: bool
         )
     if changed and not force:
         raise ConfigError(
-            f"{output} holds the configs of another experiment, or of another version of this one: pass --force to "
-            "replace them, or choose another --output"
+            f"{output} holds the configs of another experiment, or of another version of this one: pass --force "
+            "(force=True) to replace them, or choose another --output"
         )
 
 
@@ -160,7 +160,8 @@ def write_report(output: Path, problems: Sequence[Problem]) -> list[str]:
     rows = [f"{problem.run}\t{problem.path}\t{problem.what}\t{problem.todo}" for problem in problems]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "\n".join([title, "", "run\tpath\twhat\twhat to do", *rows]) + "\n")
-    return [*lines, f"{output}: nothing was written; every problem of every run: {file}"]
+    before = "; what is there is from before" if (output / MAPPING).exists() else ""
+    return [*lines, f"{output}: nothing was written{before}; every problem of every run: {file}"]
 
 
 def remove_report(output: Path) -> None:

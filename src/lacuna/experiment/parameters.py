@@ -85,6 +85,15 @@ TORCHTUNE: dict[str, Parameter] = {
 }  # fmt: skip
 
 
+OURS = {
+    "packed": "packing", "max_seq_len": "sequence_length", "num_warmup_steps": "warmup_steps",
+    "clip_grad_norm": "max_gradient_norm", "enable_activation_checkpointing": "activation_checkpointing",
+    "dtype": "precision", "max_steps_per_epoch": "steps", "checkpoint_dir": "model_name",
+    "gradient_accumulation_steps": "micro_batch_size", "dataset.source": "dataset", "dataset.data_files": "dataset",
+}  # fmt: skip
+"""torchtune's names and those of our own trainers, where they differ."""
+
+
 @cache
 def parameters(trainer: str) -> dict[str, Parameter]:
     """Name to parameter for `torchtune`, `pretrain` or `sft`; our own configs are flat, so that name and path agree."""
@@ -110,16 +119,22 @@ def find_path(name: str, trainer: str, base: Mapping[str, Any]) -> tuple[str, st
     flat = name.removeprefix("+")
     table = parameters(trainer)
     if trainer != "torchtune":
-        return flat, None if flat in table else f"{trainer} has no setting {flat!r}{did_you_mean(flat, [*table])}"
+        ours = OURS.get(flat, OURS.get(next((n for n, p in TORCHTUNE.items() if flat in p.paths), ""), ""))
+        hint = f"; what torchtune calls so is {ours} here" if ours else did_you_mean(flat, [*table])
+        hint = "; it trains whole models, adapters are torchtune's so far" if "lora" in flat else hint
+        return flat, None if flat in table else f"{trainer} has no setting {flat!r}{hint}"
     paths = table[flat].paths if flat in table else (flat,)
     found = next((path for path in paths if get(base, path) is not MISSING), None)
     if found is not None:
         return found, None
     if name.startswith("+"):
         return paths[0], None
+    if "lora" in flat and flat in table:
+        return paths[0], f"the base config trains no adapters, so it has no {flat!r}: take one of lora, or qlora"
     here = f"{flat!r} ({paths[0]})" if flat in table else repr(flat)
     known = [*table, *(path for path, _ in leaves(base)), *base]
-    hint = "" if flat in table else did_you_mean(flat, known)
+    same_end = [name for name, parameter in table.items() if parameter.paths[0].endswith(f".{flat}") and name != flat]
+    hint = f"; did you mean {same_end[0]!r}?" if same_end else "" if flat in table else did_you_mean(flat, known)
     return paths[0], f"the base config has no {here}{hint}; '+{flat}' adds it all the same"
 
 
@@ -141,8 +156,17 @@ def value_problem(trainer: str, path: str, value: Any) -> str | None:
     try:
         _adapter(trainer, name).validate_python(value)
     except ValidationError as error:
-        return f"{value!r} ({type(value).__name__}): {without_subject(error.errors()[0]['msg'])}"
+        advice = "; write it without quotes" if isinstance(value, str) and _is_number(value) else ""
+        return f"{value!r} ({type(value).__name__}): {without_subject(error.errors()[0]['msg'])}{advice}"
     return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 ADVICE = "; to replace it by another kind, delete it by '~path: null' and add it by '+path'"
@@ -158,7 +182,9 @@ def place(trainer: str, base: Mapping[str, Any], name: str, values: Sequence[Any
     for value in values:
         given = nested(path, value)
         found = [
-            f"{name!r} is {wrong}" for leaf, item in leaves(given) if (wrong := value_problem(trainer, leaf, item))
+            f"{name if leaf == path else leaf!r} is {wrong}"
+            for leaf, item in leaves(given)
+            if (wrong := value_problem(trainer, leaf, item))
         ]
         if not found and trainer == "torchtune":
             found = [f"{where} {how}{ADVICE}" for where, how in type_conflicts(base, given)]

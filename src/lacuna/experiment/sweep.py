@@ -1,13 +1,15 @@
 """The runs of an experiment: every combination once, derived values, names in texts. Pure."""
 
+import ast
 import itertools
 import math
+import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from simpleeval import SimpleEval
+from simpleeval import SimpleEval, safe_mult, safe_power
 
 from lacuna.config.files import did_you_mean
 
@@ -15,6 +17,12 @@ Settings = dict[str, Any]
 NAME_IN_TEXT = re.compile(r"(?<![${])\{([A-Za-z_][\w.]*)\}(?!\})")
 """`{lora_rank}`; `${output_dir}` is OmegaConf's, `{{ … }}` a template's."""
 WORD = re.compile(r"(?<![\w.])[A-Za-z_][\w.]*")
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: safe_mult, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: safe_power, ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}  # fmt: skip
+"""Not `^`, which would be an exclusive or, and not comparisons."""
 FUNCTIONS = {"sqrt": math.sqrt, "log": math.log, "log2": math.log2, "min": min, "max": max, "round": round, "int": int}
 
 
@@ -41,14 +49,21 @@ def words_in(expression: str) -> list[str]:
     return list(dict.fromkeys(WORD.findall(expression)))
 
 
-def evaluate(expression: str, names: Mapping[str, Any]) -> float:
+def evaluate(expression: str, names: Mapping[str, Any], known: Iterable[str] = ()) -> float:
     """Arithmetic over names. Raises ValueError: no arithmetic, an unknown name, or no finite number as its result.
 
-    A dotted name is looked up whole, as `optimizer.lr`.
+    A dotted name is looked up whole, as `optimizer.lr`. known: names to guess a mistyped one from.
     """
+    unknown = [word for word in words_in(expression) if word not in names and word not in FUNCTIONS]
+    if unknown and re.fullmatch(r"[\w.]+", unknown[0]):
+        hint = did_you_mean(unknown[0], [*known])
+        raise ValueError(f"{expression!r} names {unknown[0]!r}, which is no number here{hint}")
     aliases = {word: f"lacuna_{index}" for index, word in enumerate(words_in(expression)) if word in names}
     evaluator = SimpleEval(
-        functions=FUNCTIONS, allowed_attrs={}, names={alias: names[name] for name, alias in aliases.items()}
+        operators=OPERATORS,
+        functions=FUNCTIONS,
+        allowed_attrs={},
+        names={alias: names[name] for name, alias in aliases.items()},
     )
     try:
         with warnings.catch_warnings():

@@ -141,7 +141,7 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
             if here in touched and place not in touched:
                 yield place, f"is left over: {name} takes no {key!r}", f"delete it: '~{place}: null' under controls"
             else:
-                yield place, f"{name} takes no {key!r}{nearest(str(key), known)}", "correct the name, or leave it out"
+                yield place, f"{name} takes no {key!r}{nearest(str(key), allowed)}", "correct the name, or leave it out"
         elif key in known and not fits(value, known[key].annotation):
             wanted = inspect.formatannotation(known[key].annotation)
             yield place, f"is {value!r} ({type(value).__name__}), {name} takes {wanted}", "write a value of that type"

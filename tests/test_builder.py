@@ -318,3 +318,9 @@ def test_files_that_are_no_start(tmp_path: Path, name: str, text: str, message: 
 
 def test_the_old_package_has_the_same_builder() -> None:
     assert torchtune_config_writer.TorchtuneConfigBuilder is Builder
+
+
+@pytest.mark.parametrize("overrides", [3, "epochs", {3: 1}])
+def test_overrides_are_a_mapping_of_names(builder: Builder, overrides: Any) -> None:
+    with pytest.raises(TypeError, match="overrides must be a mapping of names to values"):
+        builder.override(overrides)

@@ -727,3 +727,14 @@ def test_names_of_the_other_trainer_are_translated() -> None:
 def test_an_empty_output_is_refused(run: Run, folder: Path) -> None:
     (folder / "experiment.yaml").write_text(dump_yaml({**OWN, "variables": RANKS}))
     assert "--output is empty" in run("lacuna", "generate", "experiment.yaml", "--output", "").output
+
+
+def test_run_folders_that_hold_something_are_told(run: Run, folder: Path) -> None:
+    (folder / "out" / "run_001").mkdir(parents=True)
+    (folder / "out" / "run_000").mkdir()
+    (folder / "out" / "run_001" / "epoch_0").mkdir()
+    (folder / "experiment.yaml").write_text(dump_yaml({**OWN, "variables": RANKS, "controls": {"output_dir": "out"}}))
+    outcome = run("lacuna", "generate", "experiment.yaml", "--no-validate")
+    assert (
+        "note: 1 of the run folders hold something already (out/run_001 …): a run would write over it" in outcome.output
+    )

@@ -27,7 +27,8 @@ TORCH_FREE = [
     "lacuna.experiment.confounds", "lacuna.experiment.design", "lacuna.experiment.folder",
     "lacuna.experiment.generator", "lacuna.experiment.loaders", "lacuna.experiment.merge",
     "lacuna.experiment.parameters", "lacuna.experiment.recipe", "lacuna.experiment.schema", "lacuna.experiment.sweep",
-    "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "torchtune_config_writer",
+    "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
+    "torchtune_config_writer",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 

@@ -19,9 +19,9 @@ from lacuna.experiment.generator import check_configs
 from lacuna.experiment.loaders import Base, load_own, load_recipe
 from lacuna.experiment.merge import MISSING, copied, get, leaves, merge, nested, without
 from lacuna.experiment.parameters import find_path, place
+from lacuna.experiment.torchtune_data import KINDS
 from lacuna.runs.folder import write_whole
 
-KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS = ("instruct_dataset", "chat_dataset", "text_completion_dataset", "preference_dataset")
 """Dataset components of torchtune that read any source."""
 

@@ -35,7 +35,10 @@ class RecipeFacts:
 
 @cache
 def recipe_facts(name: str, script: Path, configs: Sequence[Path], others: Sequence[Path]) -> RecipeFacts:
-    """From every `cfg.key`, `cfg.get("key")`, `cfg["key"]`, `"key" in cfg` and `cfg_model.key` of the recipe."""
+    """From every `cfg.key`, `cfg.get("key")`, `cfg["key"]`, `"key" in cfg` and `cfg_model.key` of the script.
+
+    configs: those that are shipped for this recipe; others: for the other ones.
+    """
     source = script.read_text(encoding="utf-8")
     read: set[str] = set(READ_BY_ANOTHER_NAME)
     attributes: set[str] = set()
@@ -95,10 +98,10 @@ def check_recipe(facts: RecipeFacts, values: Values, touched: Sequence[str], is_
             continue
         found = COMPONENT if isinstance(value, dict) and "_component_" in value else kind(value)
         kinds = facts.kinds.get(key, frozenset())
-        may_be_null = key not in facts.needed or COMPONENT not in kinds
-        is_list_of_components = isinstance(value, list) and COMPONENT in kinds
-        is_known = not kinds - {"null"} or found in kinds - ({"null"} if not may_be_null else set())
-        if not (is_known or is_list_of_components or "${" in str(value)):
+        allowed = kinds | ({"a list"} if COMPONENT in kinds else set())
+        if COMPONENT in kinds and key in facts.needed:
+            allowed -= {"null"}
+        if kinds - {"null"} and found not in allowed and "${" not in str(value):
             what = f"is {value!r}, and should be {' or '.join(sorted(kinds - {'null'}))}"
             yield Problem("", key, what, "correct it")
     component = str(get(values, "model._component_")).rpartition(".")[2]

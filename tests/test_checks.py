@@ -213,7 +213,11 @@ def test_packed_rows_are_at_most_what_the_bytes_can_fill() -> None:
     step: Settings = {"batch_size": 2, "gradient_accumulation_steps": 2, "tokenizer": {"max_seq_len": 4096}}
     assert "1 rows are fewer" in lines(**step, dataset=dataset("rows.jsonl", packed=True))
     step["tokenizer"] = {"max_seq_len": 64}
-    assert lines(**step, dataset=dataset("rows.jsonl", packed=True)) == ""
+    (problem,) = found(**step, dataset=dataset("rows.jsonl", packed=True))
+    assert "4 samples may be packed into 1 row, " in problem.what
+    assert not problem.stops(check_paths=True)
+    step["tokenizer"] = {"max_seq_len": 4}
+    assert not found(**step, dataset=dataset("rows.jsonl", packed=True))
 
 
 def test_places_that_nothing_expands_are_named() -> None:

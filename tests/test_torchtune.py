@@ -24,6 +24,7 @@ from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import design
 from lacuna.experiment.merge import leaves, merge
 from lacuna.experiment.parameters import TORCHTUNE, find_path
+from lacuna.experiment.recipe import check_recipe
 from torchtune_fixture import (
     DELETE,
     GLOO,
@@ -107,6 +108,9 @@ def test_every_shipped_config_reads_back_equal_and_is_accepted_where_torchtune_a
         files.append((recipe.config, str(recipe.file), str(file)))
         runs.append({"id": recipe.config, "file": str(file), "recipe": recipe.recipe, "touched": ["seed"]})
         ours += check_run("torchtune", recipe.config, values[recipe.config], 1)
+        facts = torchtune.facts_of(environment, recipe.recipe)
+        ours += check_recipe(facts, values[recipe.config], ["seed"], is_shipped=True)
+        ours += check_recipe(facts, values[recipe.config], [], is_shipped=False)
     process = subprocess.run(
         [environment.python, "-c", READ_THERE], input=json.dumps(files), capture_output=True, text=True, check=True
     )

@@ -145,7 +145,7 @@ class TorchtuneConfigBuilder:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.yaml").write_text(dump_yaml(self._values), encoding="utf-8")
             problems = check_configs(base, {"config": self._values}, sorted(self._touched), Path(folder))
-        if errors := [problem for problem in problems if check_paths or not problem.is_local]:
+        if errors := [problem for problem in problems if problem.stops(check_paths)]:
             raise ConfigError(summarise(errors))
         return self
 

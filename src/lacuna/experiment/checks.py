@@ -14,7 +14,7 @@ from lacuna.data.schemas import detect_schema
 from lacuna.errors import DataError, MissingExtraError
 from lacuna.experiment.merge import MISSING, get, leaves
 from lacuna.experiment.parameters import parameters, value_problem
-from lacuna.experiment.torchtune_data import check_dataset
+from lacuna.experiment.torchtune_data import LOCAL, UNCERTAIN, check_dataset
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""
@@ -23,13 +23,18 @@ PLACES = (*FILES, "output_dir", "log_dir", "checkpoint_dir", "data_files")
 
 @dataclass(frozen=True)
 class Problem:
-    """is_local: about this machine's files, which may be right on another one."""
+    """is_local: about this machine's files, which may be right on another one. is_certain: otherwise it is said, but
+    stops nothing."""
 
     run: str
     path: str
     what: str
     todo: str
     is_local: bool = False
+    is_certain: bool = True
+
+    def stops(self, check_paths: bool) -> bool:
+        return self.is_certain and (check_paths or not self.is_local)
 
 
 def check_run(trainer: str, run: str, values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
@@ -81,9 +86,9 @@ def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
     for index, part in enumerate(data if isinstance(data, list) else [data]):
         place = f"dataset.{index}" if isinstance(data, list) else "dataset"
         looked_up = {key: _resolved(values, value) for key, value in part.items()} if isinstance(part, dict) else {}
-        for below, what, todo, is_local in check_dataset(values, looked_up, gpus):
+        for below, what, todo, kind in check_dataset(values, looked_up, gpus):
             path = below[1:] if below.startswith("/") else f"{place}.{below}"
-            yield Problem("", path, what, todo, is_local)
+            yield Problem("", path, what, todo, is_local=kind == LOCAL, is_certain=kind != UNCERTAIN)
     for path, value in leaves(values):
         is_place = path.rpartition(".")[2] in PLACES and isinstance(value, str)
         if is_place and (value.startswith("~") or re.search(r"\$\w", value)):

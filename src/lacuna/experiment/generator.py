@@ -52,8 +52,8 @@ def generate(
     with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
         configs = {run.id: run.values for run in planned.runs}
         problems = check_configs(planned.base, configs, planned.touched, stage) if validate else []
-        forgiven = [problem for problem in problems if problem.is_local and not check_paths]
-        if errors := [problem for problem in problems if problem not in forgiven]:
+        forgiven = [problem for problem in problems if not problem.stops(check_paths)]
+        if errors := [problem for problem in problems if problem.stops(check_paths)]:
             raise ConfigError(
                 [*folder.write_report(output, errors), *(f"(note: {note})" for note in planned.base.notes)]
             )
@@ -94,9 +94,9 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
         problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
     requests = [{"id": id, "file": str(stage / f"{id}.yaml"), "touched": list(touched)} for id in configs]
     theirs = torchtune.validate(base.environment, requests)
-    known = {(problem.run, problem.path) for problem in problems if not problem.is_local}
+    known = {(problem.run, problem.path) for problem in problems if problem.stops(check_paths=False)}
     theirs = [problem for problem in theirs if (problem.run, problem.path) not in known]
-    graver = {(problem.run, problem.path) for problem in theirs if not problem.is_local}
+    graver = {(problem.run, problem.path) for problem in theirs if problem.stops(check_paths=False)}
     return [p for p in problems if not (p.is_local and (p.run, p.path) in graver)] + theirs
 
 

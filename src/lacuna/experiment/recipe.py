@@ -99,7 +99,7 @@ def check_recipe(facts: RecipeFacts, values: Values, touched: Sequence[str], is_
         found = COMPONENT if isinstance(value, dict) and "_component_" in value else kind(value)
         kinds = facts.kinds.get(key, frozenset())
         allowed = kinds | ({"a list"} if COMPONENT in kinds else set())
-        if COMPONENT in kinds and key in facts.needed:
+        if key in facts.needed and None not in held and COMPONENT in kinds:
             allowed -= {"null"}
         if kinds - {"null"} and found not in allowed and "${" not in str(value):
             what = f"is {value!r}, and should be {' or '.join(sorted(kinds - {'null'}))}"

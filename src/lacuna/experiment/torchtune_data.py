@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lacuna.config.files import did_you_mean
 from lacuna.data.formats import Broken, read_file
@@ -21,13 +21,19 @@ TURNS = {"openai": "role", "sharegpt": "from"}
 """What a turn of a conversation has in each of torchtune's styles."""
 SMALL = 2**24
 """Bytes of data that are counted to the end, to know how many packed rows they can fill at most."""
+BYTES_OF_A_TOKEN = 4
+"""Of English text, about."""
 TEMPLATE = 64
 """Tokens that a prompt template and a tokenizer may add to a row, at most; a token is at least a byte."""
 LARGEST_JSON = 512 * 2**20
 """Bytes; a larger .json file is not read before the run."""
 
-Found = tuple[str, str, str, bool]
-"""Path below the section, what, what to do, and whether it is about this machine's files."""
+Kind = Literal["certain", "local", "uncertain"]
+LOCAL: Kind = "local"
+UNCERTAIN: Kind = "uncertain"
+CERTAIN: Kind = "certain"
+Found = tuple[str, str, str, Kind]
+"""Path below the section, what, what to do, and whether it is sure, or about this machine's files."""
 SPLIT = re.compile(r"train(?:\[(\d*):(\d*)(%?)\])?")
 
 
@@ -39,24 +45,24 @@ def check_dataset(values: Mapping[str, Any], data: Mapping[str, Any], gpus: int)
     absent = [name for name in ("input", "output") if isinstance(columns, dict) and name not in columns]
     if component == "instruct_dataset" and absent:
         what = f"lacks {' and '.join(absent)}, which torchtune wants even where the name is the same"
-        yield "column_map", what, f"add {', '.join(f'{name}: {name}' for name in absent)}", False
+        yield "column_map", what, f"add {', '.join(f'{name}: {name}' for name in absent)}", CERTAIN
         return
     if component == "chat_dataset" and data.get("conversation_style") not in (*TURNS, None):
         what = f"is {data['conversation_style']!r}"
-        yield "conversation_style", what, "write openai (messages) or sharegpt (conversations)", False
+        yield "conversation_style", what, "write openai (messages) or sharegpt (conversations)", CERTAIN
     if isinstance(source, str) and Path(source).is_file():
         kind = KINDS.get(Path(source).suffix, "text")
-        yield "source", f"{source} is a file", f"write source: {kind} and data_files: {source}", False
+        yield "source", f"{source} is a file", f"write source: {kind} and data_files: {source}", CERTAIN
     if not isinstance(files, str | list | dict) or (isinstance(source, str) and Path(source).is_dir()):
         return
     if source not in SOURCES:
         default = "the component's own hub data set" if source is None else repr(source)
         advice = "add source: json (or csv, parquet, text) beside it"
-        yield "data_files", f"names files, but the source is {default}", advice, False
+        yield "data_files", f"names files, but the source is {default}", advice, CERTAIN
         return
     if isinstance(split, str) and not isinstance(files, dict) and not split.startswith("train"):
         what = f"is {split!r}, but files without a name are all 'train'"
-        yield "split", what, f"write train, or data_files: {{{split}: …}}", False
+        yield "split", what, f"write train, or data_files: {{{split}: …}}", CERTAIN
     listed = [files] if isinstance(files, str) else files if isinstance(files, list) else list(files.values())
     yield from _files(values, data, component, [file for file in listed if isinstance(file, str)], gpus)
 
@@ -66,11 +72,11 @@ def _files(
 ) -> Iterator[Found]:
     source, field = data["source"], data.get("field")
     if not isinstance(field, str | None):
-        yield "field", f"is {field!r}", "write the name of the list in the file", False
+        yield "field", f"is {field!r}", "write the name of the list in the file", CERTAIN
         return
     local = [file for file in files if "://" not in file and not any(mark in file for mark in "*?[")]
     absent = [file for file in local if not Path(file).exists()]
-    yield from (("data_files", f"there is no file {file}", "correct the path", True) for file in absent)
+    yield from (("data_files", f"there is no file {file}", "correct the path", LOCAL) for file in absent)
     if absent or local != files:
         return
     stats = [Path(file).stat() for file in local]
@@ -85,7 +91,7 @@ def _files(
             return
         found = [problem] if problem else list(_shape(component, data, file, rows[0])) if rows else []
         if found:
-            yield from ((*part, False) for part in found)
+            yield from ((*part, CERTAIN) for part in found)
             return
         count += len(rows)
         if count >= limit:
@@ -132,18 +138,25 @@ def _enough(
     part = SPLIT.fullmatch(str(data.get("split", "train")))
     if part is None:
         return
-    unit = count / 100 if part[3] else 1
+    total, unit = max(1, count), count / 100 if part[3] else 1
     count = max(0, min(count, int(int(part[2] or sys.maxsize) * unit)) - int(int(part[1] or 0) * unit))
+    fewest = most = count
     length = get(values, "tokenizer.max_seq_len")
     if data.get("packed") is True and isinstance(length, int) and data["source"] != "parquet":
-        packed = 2 * (size + TEMPLATE * count) // length + 1
-        count = packed if component == "text_completion_dataset" and count else min(count, packed)
-    if count < needed:
+        share = size * count // total
+        most = 2 * (share + TEMPLATE * count) // length + 1
+        most = most if component == "text_completion_dataset" and count else min(count, most)
+        fewest = min(most, share // BYTES_OF_A_TOKEN // length + 1)
+    if fewest < needed:
         batch, accumulation = values.get("batch_size"), values.get("gradient_accumulation_steps", 1)
-        found = f"{count} rows" if count else f"0 rows of {names}"
+        found = f"{most} rows" if count else f"0 rows of {names}"
+        found = (
+            found if most < needed else f"{count} samples may be packed into {fewest} row{'s' * (fewest > 1)}, which"
+        )
         step = f"{batch} × {accumulation} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
         what = f"{found} are fewer than one step of {step}: no step at all"
-        yield "/batch_size", what, "lower batch_size or gradient_accumulation_steps", False
+        advice = "lower batch_size or gradient_accumulation_steps"
+        yield "/batch_size", what, advice, CERTAIN if most < needed else UNCERTAIN
 
 
 def needed_columns(component: str, data: Mapping[str, Any]) -> list[str]:

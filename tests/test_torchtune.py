@@ -428,6 +428,14 @@ def test_one_gpu_takes_a_distributed_config_back_to_a_single_device() -> None:
     assert (planned.base.name, planned.base.recipe) == (LORA, "lora_finetune_single_device")
 
 
+def test_one_gpu_keeps_a_distributed_recipe_that_has_no_counterpart(environment: torchtune.Environment) -> None:
+    planned = design(experiment(base_config="llama3/8B_qat_full", gpus=1, variables={"epochs": [1, 2]}))
+    assert planned.base.recipe == "qat_distributed"
+    file = torchtune.find_recipe(environment, "llama3/8B_qat_full", "").file
+    own = {"experiment_name": "trial", "base_config_file": str(file), "recipe": "qat_distributed", "gpus": 1}
+    assert design({**own, "variables": {"epochs": [1, 2]}}).base.recipe == "qat_distributed"
+
+
 def test_a_distributed_recipe_is_started_by_torchrun_even_on_one_device(environment: torchtune.Environment) -> None:
     command = torchtune.command(environment, "lora_finetune_distributed", 1, "run_000.yaml")
     assert command[1:4] == ["run", "--nproc_per_node", "1"]

@@ -98,7 +98,8 @@ def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_pytho
         )
     else:
         known = sorted({shipped.recipe for shipped in recipes(environment)})
-        found = paired_recipe(recipe, gpus) if gpus is not None else recipe
+        paired = paired_recipe(recipe, gpus) if gpus is not None else recipe
+        found = recipe if gpus == 1 and paired not in known else paired
         if found not in known and not (found.endswith(".py") and Path(found).is_file()):
             raise ConfigError(
                 f"recipe: torchtune has no {found!r}{did_you_mean(found, known)}; it has {', '.join(known)}"

@@ -5,7 +5,6 @@ torchtune's pins exclude today's peft, so it lives in an environment of its own,
 
 import fnmatch
 import json
-import os
 import re
 import runpy
 import shutil
@@ -159,6 +158,8 @@ def for_devices(environment: Environment, recipe: Recipe, gpus: int) -> Recipe:
         return recipe
     known = recipes(environment)
     of_recipe = [other for other in known if other.recipe == wanted]
+    if not of_recipe and gpus == 1:
+        return recipe
     if not of_recipe:
         raise ConfigError(f"gpus: {gpus}: torchtune has no {wanted}, the counterpart of {recipe.recipe}")
     same = [other for other in of_recipe if _stem(other.config) == _stem(recipe.config)]
@@ -215,11 +216,9 @@ def validate(environment: Environment, runs: Sequence[Mapping[str, Any]]) -> lis
     runs: id, file, and `touched`, the paths that the user set. Raises ConfigError where that environment is broken.
     """
     script = Path(__file__).with_name("torchtune_checks.py")
-    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [environment.python, str(script)], input=json.dumps({"runs": runs}), capture_output=True, text=True,
-        env=surroundings, check=False,
-    )  # fmt: skip
+        [environment.python, str(script)], input=json.dumps({"runs": runs}), capture_output=True, text=True, check=False
+    )
     if process.returncode != 0:
         reason = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         raise ConfigError(f"torchtune's checks could not run with {environment.python}: {reason[0]}")

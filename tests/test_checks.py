@@ -255,3 +255,12 @@ def test_a_file_of_another_kind_is_no_object_over_several_lines() -> None:
 def test_a_summary_has_one_line_for_equal_problems() -> None:
     problems = [Problem(f"run_{i}", "a.b", "is wrong", "mend it") for i in range(3)] + [Problem("run_1", "", "x", "y")]
     assert summarise(problems) == ["3 runs (run_0 … run_2): a.b is wrong: mend it", "run_1: x: y"]
+
+
+def test_a_warmup_as_long_as_the_run_is_told() -> None:
+    step: Settings = {"batch_size": 2, "epochs": 3, "dataset": dataset("rows.jsonl")}
+    (problem,) = found(**step, lr_scheduler={"num_warmup_steps": 6})
+    assert "6 steps of warmup are no less than the run's 6: the learning rate never" in problem.what
+    assert not problem.stops(check_paths=True)
+    assert not found(**step, lr_scheduler={"num_warmup_steps": 5})
+    assert found(**step, max_steps_per_epoch=1, lr_scheduler={"num_warmup_steps": 3})

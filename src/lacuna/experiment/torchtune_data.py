@@ -20,7 +20,7 @@ SOURCES = ("json", "csv", "parquet", "text")
 TURNS = {"openai": "role", "sharegpt": "from"}
 """What a turn of a conversation has in each of torchtune's styles."""
 SMALL = 2**24
-"""Bytes of data that are counted to the end, to know how many packed rows they can fill at most."""
+"""Bytes of data whose rows are counted to the end; of more, only a step's rows are looked at."""
 BYTES_OF_A_TOKEN = 4
 """Of English text, about."""
 TEMPLATE = 64
@@ -81,9 +81,7 @@ def _files(
         return
     stats = [Path(file).stat() for file in local]
     size = sum(stat.st_size for stat in stats)
-    needed = _rows_of_a_step(values, gpus)
-    is_counted = size < SMALL and (data.get("packed") is True or data.get("split", "train") != "train")
-    limit = sys.maxsize if is_counted else needed
+    limit = sys.maxsize if size < SMALL else _rows_of_a_step(values, gpus)
     count = 0
     for file, stat in zip(local, stats, strict=True):
         rows, problem = sample_rows(file, source, field, limit - count, (stat.st_mtime_ns, stat.st_size))
@@ -97,7 +95,7 @@ def _files(
         if count >= limit:
             return
     if not isinstance(data["data_files"], dict):
-        yield from _enough(values, data, component, count, size, needed, gpus, ", ".join(local))
+        yield from _enough(values, data, count, size, gpus, ", ".join(local))
 
 
 def _rows_of_a_step(values: Mapping[str, Any], gpus: int) -> int:
@@ -125,38 +123,42 @@ def _shape(component: str, data: Mapping[str, Any], file: str, row: Any) -> Iter
 
 
 def _enough(
-    values: Mapping[str, Any],
-    data: Mapping[str, Any],
-    component: str,
-    count: int,
-    size: int,
-    needed: int,
-    gpus: int,
-    names: str,
+    values: Mapping[str, Any], data: Mapping[str, Any], count: int, size: int, gpus: int, names: str
 ) -> Iterator[Found]:
-    """torchtune ends with exit code 0 and no step taken where the rows do not fill one."""
+    """torchtune ends with exit code 0 and no step taken where the rows do not fill one.
+
+    count, size: rows and bytes of all files, whose names are given for the message.
+    """
     part = SPLIT.fullmatch(str(data.get("split", "train")))
     if part is None:
         return
     total, unit = max(1, count), count / 100 if part[3] else 1
     count = max(0, min(count, int(int(part[2] or sys.maxsize) * unit)) - int(int(part[1] or 0) * unit))
     fewest = most = count
+    needed = _rows_of_a_step(values, gpus)
     length = get(values, "tokenizer.max_seq_len")
     if data.get("packed") is True and isinstance(length, int) and data["source"] != "parquet":
         share = size * count // total
         most = 2 * (share + TEMPLATE * count) // length + 1
-        most = most if component == "text_completion_dataset" and count else min(count, most)
+        is_cut = str(data.get("_component_")).endswith("text_completion_dataset")
+        most = most if is_cut and count else min(count, most)
         fewest = min(most, share // BYTES_OF_A_TOKEN // length + 1)
     if fewest < needed:
         batch, accumulation = values.get("batch_size"), values.get("gradient_accumulation_steps", 1)
-        found = f"{most} rows" if count else f"0 rows of {names}"
-        found = (
-            found if most < needed else f"{count} samples may be packed into {fewest} row{'s' * (fewest > 1)}, which"
-        )
+        packed = f"{count} samples may be packed into {fewest} row{'s' * (fewest > 1)}, which"
+        found = packed if most >= needed else f"{most} rows" if count else f"0 rows of {names}"
         step = f"{batch} × {accumulation} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
         what = f"{found} are fewer than one step of {step}: no step at all"
         advice = "lower batch_size or gradient_accumulation_steps"
         yield "/batch_size", what, advice, CERTAIN if most < needed else UNCERTAIN
+        return
+    epochs, most_steps = values.get("epochs"), values.get("max_steps_per_epoch")
+    steps = min(most // needed, most_steps if type(most_steps) is int else sys.maxsize)
+    steps *= epochs if type(epochs) is int else 1
+    warmup = get(values, "lr_scheduler.num_warmup_steps")
+    if type(warmup) is int and warmup >= steps:
+        what = f"{warmup} steps of warmup are no less than the run's {steps}: the learning rate never gets to its peak"
+        yield "/lr_scheduler.num_warmup_steps", what, "lower it", UNCERTAIN
 
 
 def needed_columns(component: str, data: Mapping[str, Any]) -> list[str]:

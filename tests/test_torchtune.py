@@ -663,6 +663,21 @@ def test_the_recipe_of_an_own_file_can_be_named(environment: torchtune.Environme
         design(experiment(recipe="lora_finetune_single_device", variables={"epochs": [1, 2]}))
 
 
+def test_an_own_recipe_script_says_what_it_reads(
+    environment: torchtune.Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_recipe.py").write_text("def main(cfg):\n    return cfg.epochs, cfg.get('my_key'), cfg['other']\n")
+    Path("mine.yaml").write_text("output_dir: out\nepochs: 1\nmy_key: 1\nother: 2\nmy_kee: 3\n")
+    own = {"experiment_name": "trial", "base_config_file": "mine.yaml", "recipe": "my_recipe.py"}
+    planned = design({**own, "variables": {"epochs": [1, 2]}})
+    assert planned.base.recipe == "my_recipe.py"
+    facts = torchtune.facts_of(environment, "my_recipe.py")
+    found = list(check_recipe(facts, planned.runs[0].values, planned.touched, is_shipped=False))
+    assert [problem.path for problem in found] == ["output_dir", "my_kee"]
+    assert "did you mean 'my_key'?" in found[1].what
+
+
 def test_a_distributed_config_asks_for_the_number_of_devices() -> None:
     planned = design(experiment(base_config=DISTRIBUTED, variables={"epochs": [1, 2]}))
     assert any(

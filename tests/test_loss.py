@@ -95,7 +95,7 @@ def test_packed_rows_have_the_losses_of_documents_alone(
 def test_the_proof_accepts_a_right_model_and_finds_a_leak(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = make_model(tmp_path_factory.mktemp("leak"))
     model = LossModel(AutoModelForCausalLM.from_pretrained(folder), torch.float32)
-    assert prove_loss(model, flatten_rows=False, packing=True)
+    assert prove_loss(model.causal_lm, flatten_rows=False, packing=True)
 
     class Leaky(type(model.causal_lm)):  # type: ignore[misc]
         """An architecture that pays no attention to restarting positions."""
@@ -105,8 +105,8 @@ def test_the_proof_accepts_a_right_model_and_finds_a_leak(tmp_path_factory: pyte
 
     leaky = LossModel(Leaky.from_pretrained(folder), torch.float32)
     with pytest.raises(ModelError, match=r"lets packed documents see each other.*--packing false"):
-        prove_loss(leaky, flatten_rows=False, packing=True)
-    prove_loss(leaky, flatten_rows=False, packing=False)
+        prove_loss(leaky.causal_lm, flatten_rows=False, packing=True)
+    prove_loss(leaky.causal_lm, flatten_rows=False, packing=False)
 
 
 def test_a_model_that_scales_its_logits_gets_the_plain_loss(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -116,7 +116,7 @@ def test_a_model_that_scales_its_logits_gets_the_plain_loss(tmp_path_factory: py
     config = CohereConfig(**shape, num_attention_heads=2, num_key_value_heads=2, logit_scale=0.25)
     torch.manual_seed(0)
     model = LossModel(CohereForCausalLM(config), torch.float32)
-    model.chunked = prove_loss(model, flatten_rows=False, packing=True)
+    model.chunked = prove_loss(model.causal_lm, flatten_rows=False, packing=True)
     assert not model.chunked
     ids = torch.arange(12)[None]
     expected = model.causal_lm(ids, labels=ids, use_cache=False).loss
@@ -137,7 +137,7 @@ def test_a_soft_cap_is_seen_also_where_fresh_weights_hide_it(dtype: torch.dtype)
     for cap, plain_head in ((30.0, False), (None, True)):
         torch.manual_seed(0)
         causal_lm = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap))
-        assert prove_loss(LossModel(causal_lm, dtype), flatten_rows=False, packing=True) is plain_head
+        assert prove_loss(causal_lm, flatten_rows=False, packing=True) is plain_head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,4 +155,4 @@ def test_architectures_that_leak_are_found_with_fresh_weights(kind: str, dtype: 
     torch.manual_seed(0)
     model = LossModel(AutoModelForCausalLM.from_config(configs[kind]), dtype)
     with pytest.raises(ModelError, match="lets packed documents see each other"):
-        prove_loss(model, flatten_rows=False, packing=True)
+        prove_loss(model.causal_lm, flatten_rows=False, packing=True)

@@ -4,104 +4,19 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args, get_origin
+from collections.abc import Mapping
 
 import click
-from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from lacuna import __version__
-from lacuna.config.files import Layer, check, did_you_mean, flag_name, merge_layers, read_layer, without_subject
-from lacuna.config.training import ALTERNATIVES, TRAINERS, TrainingConfig
+from lacuna.config.files import Layer, did_you_mean, flag_name, flatten, read_layer
+from lacuna.config.layers import SET, load_finetune, parse_settings
+from lacuna.config.training import TRAINERS
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
+from lacuna.flags import FLAGS, config_files, config_options, resolve, shown
 
-FLAGS = "the command line"
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
-
-
-def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """One flag for every setting, with its documentation and default."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name, field in reversed(model.model_fields.items()):
-            if name == "trainer":
-                continue
-            default = "required" if field.is_required() else f"default: {_shown(field.default)}"
-            text = f"{field.description}  [{default}]"
-            command = click.option(flag_name(name), name, metavar=_metavar(field), help=text)(command)
-        return command
-
-    return decorate
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _metavar(field: FieldInfo) -> str:
-    alternatives = get_args(field.annotation) or (field.annotation,)
-    words = [word for part in alternatives for word in (get_args(part) if get_origin(part) is Literal else ())]
-    words += [] if get_origin(field.annotation) is not Literal else list(alternatives)
-    if bool in alternatives:
-        words += ["true", "false"]
-    if words:
-        return f"[{'|'.join(words)}]"
-    kinds = str(field.annotation)
-    return "INTEGER" if "int" in kinds else "NUMBER" if "float" in kinds else "TEXT"
-
-
-def config_files(tokens: Sequence[str]) -> list[str]:
-    """`@ a.toml @ b.toml` or `@a.toml` → the files. Raises ConfigError for anything else."""
-    files: list[str] = []
-    expects_file = False
-    for token in tokens:
-        if expects_file:
-            files.append(token)
-            expects_file = False
-        elif token == "@":
-            expects_file = True
-        elif token.startswith("@"):
-            files.append(token[1:])
-        else:
-            raise ConfigError(f"{token!r} is not a flag; a config file is given as '@ {token}'")
-    if expects_file:
-        raise ConfigError("a config file must follow '@'")
-    return files
-
-
-def flag_layer(model: type[TrainingConfig], flags: dict[str, str | None]) -> Layer:
-    """The flags that were given, as values of their settings' types. `none` unsets an optional setting."""
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for name, text in flags.items():
-        if text is None:
-            continue
-        field = model.model_fields[name]
-        try:
-            optional = "None" in str(field.annotation)
-            adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, field.annotation))
-            values[name] = None if optional and text.lower() == "none" else adapter.validate_strings(text)
-        except ValidationError as error:
-            message = error.errors()[-1]["msg"]
-            problems.append(f"{flag_name(name)} {text!r}: {without_subject(message)}")
-    if problems:
-        raise ConfigError(problems)
-    return Layer(FLAGS, values)
-
-
-def resolve(
-    model: type[TrainingConfig], files: Sequence[str], flags: dict[str, str | None]
-) -> tuple[TrainingConfig, dict[str, Layer]]:
-    """Files under flags, later over earlier: the checked config, and the layer of each value that is no default."""
-    layers = [*(read_layer(file) for file in files), flag_layer(model, flags)]
-    for layer in layers:
-        wanted = layer.values.get("trainer")
-        if isinstance(wanted, str) and wanted in TRAINERS and TRAINERS[wanted] is not model:
-            raise ConfigError(f"{layer.where('trainer')}: this is a config for {wanted!r}: use `lacuna {wanted}`")
-    values, origins = merge_layers(layers, ALTERNATIVES)
-    return check(model, values, origins), origins
 
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
@@ -151,37 +66,96 @@ def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
     run_trainer("sft", files, flags)
 
 
+@lacuna.command(context_settings=HELP)
+@click.option("--config", "files", metavar="FILE", multiple=True, required=True, help="YAML or TOML; later ones win.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "mps", "cpu"]), help="Instead of the config's.")
+@click.option("--resume", metavar="PATH|auto", help="A run folder, one of its checkpoints, or the newest run.")
+@click.option("--set", "words", metavar="A.B=C", multiple=True, help="A setting by its dotted path, over all files.")
+@click.option("--dry-run", is_flag=True, help="Show the configuration and what would stop it; train nothing.")
+@click.option("--verbose", "-v", is_flag=True, help="Show every step's metrics, and the traceback of an error.")
+def finetune(
+    files: tuple[str, ...], device: str | None, resume: str | None, words: tuple[str, ...], dry_run: bool, verbose: bool
+) -> None:
+    """LoRA and QLoRA: train an adapter on a frozen, or quantised, model."""
+    settings = parse_settings([*words, *([f"device={device}"] if device is not None else [])])
+    if verbose:
+        settings.setdefault("training.logging_steps", 1)
+    config, origins = load_finetune(files, settings)
+    if dry_run:
+        print_settings(dict(flatten(config.model_dump())), origins)
+    from lacuna.data.hub import stay_offline_if_unreachable
+
+    stay_offline_if_unreachable(config.as_sft())
+    os.environ.setdefault(*YIELDING_THREADS)
+    try:
+        from lacuna.finetune.start import dry_run as check_only
+        from lacuna.finetune.start import finetune as train
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("finetune", error.name or "trl") from error
+    if dry_run:
+        check_only(config)
+    else:
+        train(config, resume, [*sys.argv])
+
+
+@lacuna.command(context_settings=HELP)
+@click.argument("run_folder", metavar="RUN")
+@click.option("--output", metavar="DIR", required=True, help="Where the merged model goes; a new folder.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def merge(run_folder: str, output: str, verbose: bool) -> None:
+    """Write the model of RUN (a run, its final folder or any adapter) with the adapter merged into its weights."""
+    try:
+        from lacuna.finetune.merge import merge as write
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("finetune", error.name or "peft") from error
+    click.echo(write(run_folder, output))
+
+
 @lacuna.command(context_settings={**HELP, "ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [--SETTING VALUE]...")
-@click.option("--trainer", type=click.Choice(list(TRAINERS)), help="Where no file says it by its `trainer` key.")
+@click.option("--trainer", type=click.Choice([*TRAINERS]), help="Where no file says it by its `trainer` key.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> None:
     """Print every setting of CONFIG..., and the file and line, flag or default that it came from."""
     first_flag = next((i for i, token in enumerate(arguments) if token.startswith("--")), len(arguments))
     files = [token.lstrip("@") for token in arguments[:first_flag] if token != "@"]
-    given = [layer.values.get("trainer") for layer in map(read_layer, files)]
-    named = [name for name in given if isinstance(name, str) and name in TRAINERS]
     if not files:
         raise ConfigError("explain needs a config file, and files come before flags")
+    given = [layer.values.get("trainer") for layer in map(read_layer, files)]
+    named = [name for name in given if isinstance(name, str) and name in TRAINERS]
     if trainer is None and not named:
-        raise ConfigError(f"{', '.join(files)}: no `trainer` key says what this is for; pass --trainer pretrain or sft")
-    command = {"pretrain": pretrain, "sft": sft}[trainer or named[-1]]
-    flags = command.make_context("explain", list(arguments[first_flag:])).params
-    stray = flags.pop("files")
-    if stray:
-        raise ConfigError(f"{stray[0]!r}: files come before flags")
-    del flags["verbose"]
-    config, origins = resolve(TRAINERS[trainer or named[-1]], files, flags)
-    rows = [(name, _shown(value), _origin(name, origins)) for name, value in config.model_dump().items()]
+        raise ConfigError(
+            f"{', '.join(files)}: no `trainer` key says what this is for; pass --trainer {', '.join(TRAINERS)}"
+        )
+    name = trainer or named[-1]
+    command = {"pretrain": pretrain, "sft": sft, "finetune": finetune}[name]
+    config_flags = [word for file in files for word in ("--config", file)] if name == "finetune" else []
+    flags = command.make_context("explain", [*config_flags, *arguments[first_flag:]]).params
+    if name == "finetune":
+        device = {"device": flags["device"]} if flags["device"] is not None else {}
+        config, origins = load_finetune(flags["files"], {**parse_settings(flags["words"]), **device})
+    else:
+        stray = flags.pop("files")
+        if stray:
+            raise ConfigError(f"{stray[0]!r}: files come before flags")
+        del flags["verbose"]
+        config, origins = resolve(TRAINERS[name], files, flags)
+    print_settings(dict(flatten(config.model_dump())), origins)
+
+
+def print_settings(settings: Mapping[str, object], origins: Mapping[str, Layer]) -> None:
+    """Each setting, its value, and where that came from."""
+    rows = [(name, shown(value), _origin(name, origins)) for name, value in settings.items()]
     widths = [max(len(str(row[column])) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
         click.echo(f"{name:{widths[0]}}  {value!s:{widths[1]}}  {origin}")
 
 
-def _origin(name: str, origins: dict[str, Layer]) -> str:
+def _origin(name: str, origins: Mapping[str, Layer]) -> str:
     if name not in origins:
         return "default"
-    return flag_name(name) if origins[name].name == FLAGS else origins[name].where(name)
+    places = {FLAGS: flag_name(name), SET: f"{SET} {name}"}
+    return places.get(origins[name].name) or origins[name].where(name)
 
 
 SHOWN_RUNS = 20
@@ -234,7 +208,7 @@ def generate(
     click.echo(f"✓ Generated {len(done.runs)} config{'s' * (len(done.runs) != 1)} in {done.output.rstrip('/')}/")
     for run in done.runs[:SHOWN_RUNS]:
         settings = {**run.settings, **({"seed": run.seed} if run.seed is not None else {})}
-        shown = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
+        shown = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
         click.echo(f"  - {os.path.join(done.output, run.id)}.yaml{f' ({shown})' if shown else ''}")
     if len(done.runs) > SHOWN_RUNS:
         click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
@@ -264,7 +238,7 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
 
 def run(command: click.Command) -> None:
     """Run a command; what the user can mend ends in one message and exit code 2."""
-    debug = "--verbose" in sys.argv or os.environ.get("LACUNA_DEBUG") == "1"
+    debug = not {"--verbose", "-v"}.isdisjoint(sys.argv) or os.environ.get("LACUNA_DEBUG") == "1"
     try:
         command()
     except LacunaError as error:
@@ -288,3 +262,7 @@ def main_pretrain() -> None:
 
 def main_sft() -> None:
     run(sft)
+
+
+def main_finetune() -> None:
+    run(finetune)

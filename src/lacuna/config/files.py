@@ -3,10 +3,11 @@
 A layer is one file or the command line. Later layers win; every value knows the layer and line it came from.
 """
 
+import copy
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,66 +83,120 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 def merge_layers(
     layers: Sequence[Layer], alternatives: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Layer]]:
-    """Put flat layers over each other, the later one on top.
+    """Put layers over each other, the later one on top; mappings are merged, all else is replaced.
 
-    alternatives: pairs of settings that exclude each other (`epochs`, `steps`); a later layer's one removes an
-    earlier layer's other. Within one layer both stay, for the model to refuse.
-    Returns the values and, for each, the layer that it came from.
+    alternatives: pairs of settings, as dotted paths, that exclude each other (`epochs`, `steps`); a later layer's one
+    removes an earlier layer's other. Within one layer both stay, for the model to refuse.
+    Returns the values and, for the dotted path of each, the layer that it came from.
     """
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
     for layer in layers:
-        for first, second in alternatives:
-            for given, other in ((first, second), (second, first)):
-                if given in layer.values and other not in layer.values and layer.values[given] is not None:
-                    values.pop(other, None)
+        given = dict(flatten(layer.values))
+        for pair in alternatives:
+            for one, other in (pair, pair[::-1]):
+                if other not in given and given.get(one) is not None:
+                    _remove(values, other)
                     origins.pop(other, None)
-        values.update(layer.values)
-        origins.update(dict.fromkeys(layer.values, layer))
+        _lay_over(values, layer.values)
+        origins.update(dict.fromkeys(given, layer))
     return values, origins
 
 
-def check(
-    model: type[Config], values: Mapping[str, Any], origins: Mapping[str, Layer], has_flags: bool = True
-) -> Config:
-    """Build the config, or raise one ConfigError that lists every problem with its file and line.
-
-    has_flags: whether a setting may also come as a flag, so that messages may say so.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [
-            line for details in error.errors() for line in _problem(model, details, origins, has_flags).split("\n")
-        ]
-        raise ConfigError(list(dict.fromkeys(problems))) from None
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that is no mapping, or an empty one."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-def _problem(model: type[BaseModel], details: Any, origins: Mapping[str, Layer], has_flags: bool) -> str:
-    path = ".".join(str(part) for part in details["loc"])
-    top = str(details["loc"][0]) if details["loc"] else ""
-    where = f"{origins[top].where(path if path in origins[top].lines else top)}: " if top in origins else ""
-    if not details["loc"] and not has_flags:
-        where = f"{next(iter(origins.values())).name}: " if origins else ""
-    match details["type"]:
-        case "extra_forbidden":
-            return f"{where}unknown setting {path!r}{did_you_mean(path, list(model.model_fields))}"
-        case "missing":
-            sources = dict.fromkeys(layer.name for layer in origins.values() if layer.lines)
-            or_flag = f", or pass {flag_name(path)}" if has_flags else ""
-            return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it{or_flag}"
-        case "value_error":
-            return "\n".join(f"{where}{line}" for line in str(details["ctx"]["error"]).split("\n"))
-        case _:
-            given = details["input"]
-            return f"{where}{top!r} is {given!r} ({type(given).__name__}): {without_subject(details['msg'])}"
+def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _lay_over(below[name], value)
+        else:
+            below[name] = copy.deepcopy(value)
 
 
-def without_subject(message: str) -> str:
-    """Pydantic's `Input should be …` → `should be …`, to follow the setting's name."""
-    return (message[0].lower() + message[1:]).replace("input ", "")
+def _remove(values: dict[str, Any], path: str) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        values = values[section] if isinstance(values.get(section), dict) else {}
+    values.pop(name, None)
 
 
 def flag_name(setting: str) -> str:
     """`learning_rate` → `--learning-rate`."""
     return "--" + setting.replace("_", "-")
+
+
+def set_flag(path: str) -> str:
+    """`training.lora_r` → `--set training.lora_r=…`."""
+    return f"--set {path}=…"
+
+
+def check(
+    model: type[Config],
+    values: Mapping[str, Any],
+    origins: Mapping[str, Layer],
+    flag: Callable[[str], str] | None = flag_name,
+) -> Config:
+    """Build the config, or raise one ConfigError that lists every problem with its file and line.
+
+    flag: how a setting is given on the command line, for messages; None where it cannot be.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [line for details in error.errors() for line in _problem(model, details, origins, flag).split("\n")]
+        raise ConfigError(list(dict.fromkeys(problems))) from None
+
+
+def _problem(
+    model: type[BaseModel], details: Any, origins: Mapping[str, Layer], flag: Callable[[str], str] | None
+) -> str:
+    path = ".".join(str(part) for part in details["loc"])
+    where, setting = _place(path, origins)
+    if not path and flag is None and origins:
+        where = f"{next(iter(origins.values())).name}: "
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{where}unknown setting {path!r}{did_you_mean(path, setting_paths(model))}"
+        case "missing":
+            sources = dict.fromkeys(layer.name for layer in origins.values() if layer.lines)
+            or_flag = f", or pass {flag(path)}" if flag is not None else ""
+            return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it{or_flag}"
+        case "value_error":
+            return "\n".join(f"{where}{line}" for line in str(details["ctx"]["error"]).split("\n"))
+        case _:
+            given, message = details["input"], without_subject(details["msg"])
+            message = "should be a mapping of settings" if details["type"] == "model_type" else message
+            return f"{where}{setting!r} is {given!r} ({type(given).__name__}): {message}"
+
+
+def _place(path: str, origins: Mapping[str, Layer]) -> tuple[str, str]:
+    """`file:line: ` and the name of the setting that a path of pydantic's, which may lead into its value, is about."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        setting = ".".join(parts[:end])
+        layer = origins.get(setting) or next((o for p, o in origins.items() if p.startswith(f"{setting}.")), None)
+        if layer is not None:
+            return f"{layer.where(path if path in layer.lines else setting)}: ", setting
+    return "", path
+
+
+def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all settings of a config, sections left out."""
+    paths = []
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        paths += setting_paths(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+    return paths
+
+
+def without_subject(message: str) -> str:
+    """Pydantic's `Input should be …` → `should be …`, to follow the setting's name."""
+    return (message[0].lower() + message[1:]).replace("input ", "")

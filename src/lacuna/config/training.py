@@ -3,7 +3,7 @@
 The string under a field is its documentation: `--help` and docs/settings.md print it.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,14 +41,16 @@ class TrainingConfig(BaseModel):
     """Start from the model's weights, or from random ones in its shape."""
     dataset: str
     """File (jsonl, json, csv, parquet, text), folder, glob, or the name of a hub data set."""
+    dataset_format: Literal["auto", "jsonl", "json", "csv", "parquet", "text"] = "auto"
+    """Kind of the files. auto: by their endings."""
     dataset_subset: str | None = None
     """Configuration name of a hub data set, such as sample-10BT."""
     dataset_split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder whose files are named by split."""
     validation_dataset: str | None = None
     """Like dataset; its loss is what 'best' means. Or give validation_share."""
     validation_split: str = "validation"
-    """Split of a hub validation data set."""
+    """Split of validation_dataset."""
     validation_share: Share | None = None
     """Share of the documents kept for validation, drawn by the seed."""
     text_column: str = "text"
@@ -115,6 +117,12 @@ class TrainingConfig(BaseModel):
     """Where metrics go besides metrics.jsonl."""
     tracker_project: str | None = None
     """W&B project. Default: lacuna."""
+
+    may_change: ClassVar[set[str]] = MAY_CHANGE_ON_RESUME
+
+    def settings(self) -> dict[str, Any]:
+        """Name to value: what a resumed run is compared by."""
+        return self.model_dump()
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,20 @@ from lacuna.errors import DataError, MissingExtraError
 
 ENDINGS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 SHOWN_PROBLEMS = 10
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What files of a split are called. # ref: https://huggingface.co/docs/hub/datasets-file-names-and-splits"""
+
+EXAMPLES = """
+    .jsonl    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    .json     [{"instruction": "Add 1 and 2", "output": "3"}]
+    .csv      prompt,completion\\nHi,Hello
+    .parquet  a column `text`, or the columns of the others
+    .txt .md  plain text, one document a file"""
+"""What a file of each kind may hold."""
 
 Message = dict[str, Any]
 """OpenAI's chat message: role, content, and what else the template reads (tool_calls, name, …)."""
@@ -52,19 +66,22 @@ class Text:
 Example = Conversation | Text
 
 
-def find_files(dataset: str) -> list[Path] | None:
+def find_files(dataset: str, kind: str = "auto", split: str = "train") -> list[Path] | None:
     """The files that a data set's name stands for, sorted; None where it is the name of a hub data set.
 
-    Raises DataError: nothing there, an unknown ending, or a folder with several kinds of files.
+    kind: "auto" goes by the endings. split: of a folder whose files are named by split, such as train.jsonl.
+    Raises DataError: nothing there, an unknown ending, no such split, or a folder with several kinds of files.
     """
     path = Path(dataset).expanduser()
     if path.is_file():
-        _ending(path)
+        file_kind(path, kind)
         return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in ENDINGS and _is_visible(p, path))
+        endings = [ending for ending, its_kind in ENDINGS.items() if kind in ("auto", its_kind)]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in endings and _is_data(p, path))
         if not files:
-            raise DataError(f"{dataset}: the folder holds no {', '.join(ENDINGS)} files")
+            raise DataError(f"{dataset}: the folder holds no {', '.join(endings)} files")
+        files = _of_split(files, path, split)
     elif any(character in dataset for character in "*?["):
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
@@ -75,10 +92,15 @@ def find_files(dataset: str) -> list[Path] | None:
         or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", dataset)
     ):
         nearby = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise DataError(f"{dataset}: no such file or folder{did_you_mean(str(path), nearby)}")
+        hint = did_you_mean(str(path), nearby)
+        if not path.suffix:
+            hint += (
+                f"; to download data into it: hf download OWNER/{path.name} --repo-type dataset --local-dir {dataset}"
+            )
+        raise DataError(f"{dataset}: no such file or folder{hint}")
     else:
         return None
-    kinds = sorted({_ending(file) for file in files})
+    kinds = sorted({file_kind(file, kind) for file in files})
     if len(kinds) > 1:
         raise DataError(
             f"{dataset}: several kinds of files ({', '.join(kinds)}); choose one with a glob such as {path}/*.jsonl"
@@ -86,24 +108,39 @@ def find_files(dataset: str) -> list[Path] | None:
     return files
 
 
-def _is_visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Those whose names say that they belong to the split; all where no name says anything of splits."""
+    wanted = SPLIT_WORDS.get(split, (split,))
+    known = [*wanted, *(word for words in SPLIT_WORDS.values() for word in words)]
+    parts = {file: re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower()) for file in files}
+    named = [file for file in files if any(word.lower() in parts[file] for word in known)]
+    chosen = [file for file in named if any(word.lower() in parts[file] for word in wanted)]
+    if not chosen and (named or split not in SPLIT_WORDS):
+        shown = ", ".join(str(file.relative_to(folder)) for file in files[:SHOWN_PROBLEMS])
+        raise DataError(f"{folder}: no file is named for the split {split!r}; there are: {shown}")
+    return chosen or files
 
 
-def _ending(path: Path) -> str:
-    if path.suffix not in ENDINGS:
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(ENDINGS)}")
-    return ENDINGS[path.suffix]
+def _is_data(file: Path, folder: Path) -> bool:
+    """Neither hidden nor the card of a data set that was downloaded."""
+    return file.name != "README.md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def read_file(path: Path) -> Iterator[Row | Broken]:
+def file_kind(path: Path, kind: str = "auto") -> str:
+    """How a file is read. Raises DataError for an ending that says nothing of it."""
+    if kind == "auto" and path.suffix not in ENDINGS:
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(ENDINGS)}{EXAMPLES}")
+    return ENDINGS[path.suffix] if kind == "auto" else kind
+
+
+def read_file(path: Path, kind: str = "auto") -> Iterator[Row | Broken]:
     """Rows of one file; a text file is one row. Origins count lines from 1, items of json and parquet from 1 too.
 
     Raises DataError where the file as a whole cannot be read.
     """
     reader = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "text": _read_text}
     try:
-        yield from reader[_ending(path)](path)
+        yield from reader[file_kind(path, kind)](path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,11 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
 
 
 def _describe(rows: PackedRows, name: str, sequence_length: int, report: Report) -> None:
-    tokens = len(rows.tokens)
+    tokens, documents = len(rows.tokens), len(rows.starts) - 1
+    in_rows = f", {len(rows):,} rows of {sequence_length} ({tokens / (len(rows) * sequence_length):.1%} full)"
     report(
-        f"{name}: {len(rows.starts) - 1:,} documents, {tokens:,} tokens ({rows.supervised.mean():.0%} learned), "
-        f"{len(rows):,} rows of {sequence_length} ({tokens / (len(rows) * sequence_length):.1%} full)"
+        f"{name}: {documents:,} documents, {tokens:,} tokens ({rows.supervised.mean():.0%} learned)"
+        f"{in_rows if len(rows) < documents else ''}"
     )
 
 
@@ -158,9 +160,9 @@ def _documents(
     config: TrainingConfig, dataset: str, split: str, renderer: Renderer, report: Report
 ) -> list[list[Sample]]:
     """Every document as the pieces that it is trained in: all of a document's are on one side of a split."""
-    files = find_files(dataset)
+    files = find_files(dataset, config.dataset_format, split)
     if files is not None:
-        rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file))
+        rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file, config.dataset_format))
     else:
         rows = (row for row, _ in hub_rows(config, dataset, split, None, streaming=False))
     first, rows = peek(rows)
@@ -233,18 +235,24 @@ def pieces(sample: Sample, limit: int) -> list[Sample]:
 
 
 def check_data_settings(config: TrainingConfig) -> None:
-    """Settings that only hub data sets read are refused for files, before anything is loaded."""
+    """Settings that the data, being files or a hub data set, do not read are refused, before anything is loaded."""
     problems: list[str] = []
-    hub_settings: list[tuple[str, tuple[str, ...]]] = [(config.dataset, ("dataset_subset", "dataset_split"))]
+    places = [(config.dataset, "dataset_split", config.dataset_split)]
     if config.validation_dataset is not None:
-        hub_settings.append((config.validation_dataset, ("validation_split",)))
-    for dataset, settings in hub_settings:
+        places.append((config.validation_dataset, "validation_split", config.validation_split))
+    for dataset, setting, split in places:
         try:
-            is_local = find_files(dataset) is not None
+            files = find_files(dataset, config.dataset_format, split)
         except LacunaError as error:
             problems += error.problems
             continue
-        given = config.changed_from_default(*settings) if is_local else []
-        problems += [f"{setting} is for hub data sets, but {dataset} is a file or folder" for setting in given]
+        if files is None:
+            if config.changed_from_default("dataset_format"):
+                problems.append(f"dataset_format is for files, but {dataset} is a hub data set")
+            continue
+        if setting == "dataset_split" and config.changed_from_default("dataset_subset"):
+            problems.append(f"dataset_subset is for hub data sets, but {dataset} is a file or folder")
+        if not Path(dataset).expanduser().is_dir() and config.changed_from_default(setting):
+            problems.append(f"{setting} is for hub data sets and folders, but {dataset} is a file")
     if problems:
         raise DataError(problems)

@@ -112,7 +112,7 @@ def _windows(
 
 def _beginning(config: PretrainConfig, position: Position | None) -> Any:
     """The source's state before its first row: None for files, for a hub data set the commit that the run reads."""
-    if find_files(config.dataset) is not None:
+    if find_files(config.dataset, config.dataset_format, config.dataset_split) is not None:
         return None
     return hub_beginning(config, config.dataset, position["source"] if position else None)
 
@@ -120,7 +120,7 @@ def _beginning(config: PretrainConfig, position: Position | None) -> Any:
 def stream_fingerprint(config: TrainingConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of the tokenizer and of names, sizes and both ends of the files; hub data are pinned by their commit."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for path in find_files(config.dataset) or []:
+    for path in find_files(config.dataset, config.dataset_format, config.dataset_split) or []:
         size = path.stat().st_size
         digest.update(f"{path} {size}\n".encode())
         with path.open("rb") as file:
@@ -140,9 +140,9 @@ def check_stream(config: TrainingConfig, report: Report) -> None:
 
 def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iterator[tuple[Text, Callable[[], Any]]]:
     """Texts, each with a function that gives the source's state after it."""
-    files = find_files(config.dataset)
+    files = find_files(config.dataset, config.dataset_format, config.dataset_split)
     if files is not None:
-        rows = _file_rows(files, state)
+        rows = _file_rows(files, config.dataset_format, state)
     else:
         rows = hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
     schema: Schema | None = None
@@ -158,9 +158,9 @@ def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iter
     return within_limit(converted(), config.unreadable_share, report, collected=0)
 
 
-def _file_rows(files: list[Path], state: Any) -> RowsWithState:
+def _file_rows(files: list[Path], kind: str, state: Any) -> RowsWithState:
     first_file, skip = state or (0, 0)
     for index in range(first_file, len(files)):
-        for number, row in enumerate(read_file(files[index])):
+        for number, row in enumerate(read_file(files[index], kind)):
             if index > first_file or number >= skip:
                 yield row, partial(list, (index, number + 1))

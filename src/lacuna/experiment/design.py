@@ -152,7 +152,7 @@ class _Composer:
             Layer(self.base.name, self.values, self.base.lines),
             Layer(self.layer.name, merge(self.controls, override), self.lines),
         ]
-        config = check(TRAINERS[self.trainer], *merge_layers(layers, ALTERNATIVES), has_flags=False)
+        config = check(TRAINERS[self.trainer], *merge_layers(layers, ALTERNATIVES), flag=None)
         dumped = {name: value for name, value in config.model_dump().items() if value is not None}
         return {"trainer": self.trainer, **dumped}
 

@@ -102,4 +102,4 @@ def _first_repeated(values: list[Any]) -> tuple[Any] | None:
 def read_experiment(source: str | Path | Mapping[str, Any]) -> tuple[Experiment, Layer]:
     """From a file or a mapping; the layer knows the line of every setting. Raises ConfigError with all problems."""
     layer = Layer("the experiment", dict(source)) if isinstance(source, Mapping) else read_layer(source)
-    return check(Experiment, layer.values, dict.fromkeys(layer.values, layer), has_flags=False), layer
+    return check(Experiment, layer.values, dict.fromkeys(layer.values, layer), flag=None), layer

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import tomli_w
+from pydantic import BaseModel
 
-from lacuna.config.training import TrainingConfig
 from lacuna.errors import RunError
 
-PACKAGES = ("lacuna", "torch", "transformers", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "lacuna", "torch", "transformers", "tokenizers", "datasets", "numpy", "trl", "peft", "accelerate", "bitsandbytes",
+)  # fmt: skip
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -80,9 +82,8 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-def write_config(folder: Path, config: TrainingConfig) -> None:
-    settings = {name: value for name, value in config.model_dump().items() if value is not None}
-    write_whole(folder / "config.toml", tomli_w.dumps(settings))
+def write_config(folder: Path, config: BaseModel) -> None:
+    write_whole(folder / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True)))
 
 
 def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
@@ -94,11 +95,18 @@ def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) ->
         "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "git": _git_state(),
         **facts,
     }
     write_json(path, {"starts": [*starts, start]})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_state() -> dict[str, Any] | None:

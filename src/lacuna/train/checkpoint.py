@@ -69,8 +69,12 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are trained; beside frozen ones, of an adapter's base, no buffer ever changes."""
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in trained.items()}
+    if not all(tensor.requires_grad for tensor in model.parameters()):
+        return tensors
     stored = model.state_dict().keys()
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters()}
     return tensors | {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
 
 

@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def train_steps(
     stop.at_once = False
     with (
         MetricsLog(folder, state.step if prepared.resume_from else -1) as log,
-        open_tracker(config, folder, state.step) as track,
+        open_tracker(config, folder, state.step, config.model_dump()) as track,
         TrainingProgress(console, total_steps, state.step) as progress,
     ):
         window = Window()
@@ -96,7 +96,7 @@ def train_steps(
         evaluate_every = config.evaluate_every or config.save_every
         while True:
             if validation_loss is None and (step == 0 or due(step, evaluate_every)):
-                validation_loss = evaluate(config, prepared, model, stop)
+                validation_loss = validate(config, prepared, model, stop)
                 if validation_loss is not None:
                     log.write({"step": step, "validation_loss": validation_loss})
                     track(step, {"validation_loss": validation_loss})
@@ -186,23 +186,33 @@ def to_device(micro: MicroBatch, execution: Execution) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(array).to(execution.device.type, non_blocking=True) for array in arrays)
 
 
-@torch.no_grad()
-def evaluate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop: StopRequest) -> float | None:
+def validate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop: StopRequest) -> float | None:
     """Mean loss per supervised token of all validation rows; None without validation or when asked to stop."""
     rows = prepared.validation_rows
     if rows is None:
         return None
+    starts = range(0, len(rows), config.micro_batch_size)
+    chunks = ([rows.row(index) for index in range(len(rows))[start:][: config.micro_batch_size]] for start in starts)
+    sums = loss_sums(
+        (micro for chunk in chunks for micro in collate_batch(config, prepared, chunk)), model, prepared, stop
+    )
+    return sums and sums[0] / max(sums[1], 1)
+
+
+@torch.no_grad()
+def loss_sums(
+    micro_batches: Iterable[MicroBatch], model: nn.Module, prepared: Prepared, stop: StopRequest
+) -> tuple[float, int] | None:
+    """Summed loss and number of supervised tokens; None when asked to stop."""
     model.eval()
     total, targets = 0.0, 0
-    for start in range(0, len(rows), config.micro_batch_size):
-        chunk = [rows.row(index) for index in range(start, min(start + config.micro_batch_size, len(rows)))]
-        for micro in collate_batch(config, prepared, chunk):
-            if stop:
-                return None
-            total += float(model(*to_device(micro, prepared.execution), scale=1.0))
-            targets += len(micro.targets)
+    for micro in micro_batches:
+        if stop:
+            return None
+        total += float(model(*to_device(micro, prepared.execution), scale=1.0))
+        targets += len(micro.targets)
     model.train()
-    return total / max(targets, 1)
+    return total, targets
 
 
 def non_finite(
@@ -246,7 +256,7 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
     """Prove the loss, then wrap checkpointing and compilation around the blocks, and say what was chosen."""
     execution = prepared.execution
     model = LossModel(causal_lm, execution.dtype)
-    chunked = prove_loss(model, execution.flatten_rows, config.packing)
+    chunked = prove_loss(causal_lm, execution.flatten_rows, config.packing)
     model.chunked = chunked
     checkpointing = config.activation_checkpointing
     if checkpointing == "auto":

@@ -1,7 +1,9 @@
 """FLOPs and MFU."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lacuna.data.collate import MicroBatch
@@ -20,17 +22,20 @@ class ModelFlops:
     layers: int
     attention_width: int
     """heads × head dimension."""
+    frozen_block_parameters: int = 0
+    """Of block_parameters, those that are not trained."""
+    is_head_frozen: bool = False
 
     def training(self, tokens: int, targets: int, attention_pairs: int) -> int:
         """FLOPs of a forward and backward pass that cannot be avoided; recomputation does not count.
 
-        A weight costs 2 FLOPs for each token forward and 4 backward; a query-key pair costs 4 × attention width
-        forward (scores, then values) and twice that backward. The head is needed for supervised tokens only.
-        attention_pairs: of causal attention within documents, n(n+1)/2 for n tokens.
+        A weight costs 2 FLOPs for each token forward and 4 backward, 2 where it is frozen; a query-key pair costs
+        4 × attention width forward (scores, then values) and twice that backward. The head is needed for supervised
+        tokens only. attention_pairs: of causal attention within documents, n(n+1)/2 for n tokens.
         """
         return (
-            6 * self.block_parameters * tokens
-            + 6 * self.head_parameters * targets
+            (6 * self.block_parameters - 2 * self.frozen_block_parameters) * tokens
+            + (4 if self.is_head_frozen else 6) * self.head_parameters * targets
             + 12 * self.layers * self.attention_width * attention_pairs
         )
 
@@ -55,13 +60,30 @@ def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | No
     blocks = transformer_blocks(model)
     heads = text_config.num_attention_heads
     head_dimension = config.get("head_dim") or text_config.hidden_size // heads
+    sizes = [size for block in blocks for size in _matrices(block)]
+    head = model.get_output_embeddings().weight
+    block_parameters = sum(size for size, _ in sizes)
+    others = (p.numel() for name, p in model.named_parameters() if p.ndim != 2)
+    embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, head)}
     return ModelFlops(
-        block_parameters=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2),
-        head_parameters=model.get_output_embeddings().weight.numel(),
-        all_parameters=sum(p.numel() for p in model.parameters()),
+        block_parameters=block_parameters,
+        head_parameters=head.numel(),
+        all_parameters=block_parameters + sum(embeddings.values()) + sum(others),
         layers=len(blocks),
         attention_width=heads * head_dimension,
+        frozen_block_parameters=sum(size for size, is_trained in sizes if not is_trained),
+        is_head_frozen=not head.requires_grad,
     )
+
+
+def _matrices(block: nn.Module) -> Iterator[tuple[int, bool]]:
+    """Size of every matrix in a block, and whether it is trained. A quantised weight is stored in another shape."""
+    for module in block.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, nn.Linear) and parameter is module.weight:
+                yield module.in_features * module.out_features, parameter.requires_grad
+            elif parameter.ndim == 2:
+                yield parameter.numel(), parameter.requires_grad
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Execution:
         return self.attention.startswith("flash_attention")
 
 
+def flash_attention_works(device: Device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+
+
 def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
     """Settle precision, attention and compilation. Raises ConfigError for what the device cannot do."""
     on_cuda = device.type == "cuda"
@@ -54,7 +59,7 @@ def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
     if wanted == "bf16" and not has_bf16:
         raise ConfigError(f"precision 'bf16': {device.name} has no bf16; choose --precision fp32")
     dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
-    has_flash = on_cuda and importlib.util.find_spec("flash_attn") is not None
+    has_flash = flash_attention_works(device)
     attention = config.attention
     if attention == "auto":
         attention = "flash_attention_2" if has_flash and dtype == torch.bfloat16 else "sdpa"
@@ -74,7 +79,7 @@ def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model_name, revision=config.model_revision or "main")
     except (OSError, ValueError) as error:
-        raise _cannot_load(config, "no tokenizer could be loaded", error) from error
+        raise cannot_load(config, "no tokenizer could be loaded", error) from error
     if tokenizer.vocab_size < 2:
         raise ModelError(f"{config.model_name}: no tokenizer could be loaded: there is none in it")
     if not tokenizer.is_fast:
@@ -93,7 +98,7 @@ def load_model_config(config: TrainingConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(config.model_name, revision=config.model_revision or "main")
     except (OSError, ValueError) as error:
-        raise _cannot_load(config, "no model could be found", error) from error
+        raise cannot_load(config, "no model could be found", error) from error
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise ModelError(
@@ -107,12 +112,16 @@ def _check_model_name(config: TrainingConfig) -> None:
     is_folder = Path(config.model_name).is_dir()
     looks_like_path = config.model_name.startswith(("/", ".", "~")) or config.model_name.count("/") > 1
     if looks_like_path and not is_folder:
-        raise ModelError(f"model_name {config.model_name}: no such folder")
+        name = Path(config.model_name).name
+        raise ModelError(
+            f"model_name {config.model_name}: no such folder; to download a model into it: "
+            f"hf download OWNER/{name} --local-dir {config.model_name}"
+        )
     if is_folder and config.model_revision is not None:
         raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
 
 
-def _cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
+def cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
     """The same words for the tokenizer, the config and the weights where the hub has no such model at all."""
     name, cause = config.model_name, error.__cause__
     if isinstance(cause, GatedRepoError):
@@ -122,7 +131,10 @@ def _cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelEr
     if isinstance(cause, RevisionNotFoundError):
         return ModelError(f"model_revision {config.model_revision}: no such commit, tag or branch of {name}")
     if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return ModelError(f"model_name {name}: no such folder, not downloaded before, and the hub is out of reach")
+        return ModelError(
+            f"model_name {name}: no such folder, not downloaded before, and the hub is out of reach; where it can be "
+            f"reached: hf download {name}"
+        )
     said = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(f"{name}: {what}: {said[0]}")
 
@@ -135,6 +147,7 @@ def load_model(
     torch.manual_seed(config.seed)
     if config.initialise == "random":
         model: Any = AutoModelForCausalLM.from_config(model_config, **settings)
+        missing: Collection[str] = ()
     else:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -145,21 +158,29 @@ def load_model(
                 **settings,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _cannot_load(config, "its weights cannot be loaded", error) from error
+            raise cannot_load(config, "its weights cannot be loaded", error) from error
         model, information = loaded
-        if information["missing_keys"]:
-            raise ModelError(
-                f"{config.model_name}: the weights lack {', '.join(sorted(information['missing_keys'])[:5])}, which "
-                "would start at random; use initialise = 'random' to train from scratch"
-            )
+        missing = information["missing_keys"]
+    check_loaded(config, model, missing, tokenizer)
+    prepared: PreTrainedModel = model.to(execution.device.type)
+    return prepared
+
+
+def check_loaded(
+    config: TrainingConfig, model: PreTrainedModel, missing: Collection[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ModelError where weights are missing or tokens have no embedding, and make what is loaded savable."""
+    if missing:
+        raise ModelError(
+            f"{config.model_name}: the weights lack {', '.join(sorted(missing)[:5])}, which would start at random; "
+            "initialise = 'random' of pretrain and sft trains from scratch"
+        )
     _mend_generation_config(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise ModelError(
             f"{config.model_name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary} embeddings"
         )
-    prepared: PreTrainedModel = model.to(execution.device.type)
-    return prepared
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:
@@ -205,6 +226,34 @@ def needs_checkpointing(config: TrainingConfig, model: PreTrainedModel, device: 
     return bool(16 * parameters + activations > 0.8 * device.memory)
 
 
+def supervised_loss(
+    causal_lm: PreTrainedModel,
+    input_ids: Int[Tensor, "rows length"],
+    position_ids: Int[Tensor, "rows length"],
+    predicting: Int[Tensor, " targets"],
+    targets: Int[Tensor, " targets"],
+    scale: float,
+    dtype: torch.dtype,
+    chunked: bool,
+) -> Float[Tensor, ""]:
+    """Sum of the targets' cross-entropies times scale.
+
+    position_ids restart with every document: that, with no attention mask and no cache, is what keeps documents
+    apart. predicting: flat indices (row × length + column) of the tokens that predict targets.
+    # ref: https://github.com/huggingface/transformers/pull/46634 (a cache or a mask silently joins documents)
+    """
+    arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if chunked:
+            hidden = causal_lm.base_model(**arguments).last_hidden_state
+            picked = hidden.flatten(0, 1).index_select(0, predicting)
+            weight: Tensor = causal_lm.get_output_embeddings().weight
+            return chunked_cross_entropy(picked, weight, targets, scale, dtype)
+        logits = causal_lm(**arguments).logits
+    picked = logits.flatten(0, 1).index_select(0, predicting).float()
+    return functional.cross_entropy(picked, targets, reduction="sum") * scale
+
+
 class LossModel(nn.Module):
     """The model and its loss as one forward pass, so that whatever wraps the module covers both."""
 
@@ -215,39 +264,21 @@ class LossModel(nn.Module):
         self.chunked = chunked
 
     def forward(
-        self,
-        input_ids: Int[Tensor, "rows length"],
-        position_ids: Int[Tensor, "rows length"],
-        predicting: Int[Tensor, " targets"],
-        targets: Int[Tensor, " targets"],
-        scale: float,
+        self, input_ids: Tensor, position_ids: Tensor, predicting: Tensor, targets: Tensor, scale: float
     ) -> Float[Tensor, ""]:
-        """Sum of the targets' cross-entropies times scale.
-
-        position_ids restart with every document: that, with no attention mask and no cache, is what keeps documents
-        apart. predicting: flat indices (row × length + column) of the tokens that predict targets.
-        # ref: https://github.com/huggingface/transformers/pull/46634 (a cache or a mask silently joins documents)
-        """
-        arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self.chunked:
-                hidden = self.causal_lm.base_model(**arguments).last_hidden_state
-                picked = hidden.flatten(0, 1).index_select(0, predicting)
-                weight: Tensor = self.causal_lm.get_output_embeddings().weight
-                return chunked_cross_entropy(picked, weight, targets, scale, self.dtype)
-            logits = self.causal_lm(**arguments).logits
-        picked = logits.flatten(0, 1).index_select(0, predicting).float()
-        return functional.cross_entropy(picked, targets, reduction="sum") * scale
+        """See supervised_loss."""
+        return supervised_loss(
+            self.causal_lm, input_ids, position_ids, predicting, targets, scale, self.dtype, self.chunked
+        )
 
 
 @torch.no_grad()
-def prove_loss(model: LossModel, flatten_rows: bool, packing: bool) -> bool:
+def prove_loss(causal_lm: PreTrainedModel, flatten_rows: bool, packing: bool) -> bool:
     """Try on tiny documents what the loss relies on, in fp32 where the attention can.
 
     Returns whether the head is a plain matrix product, also for hidden states as large as trained ones, so that the
     chunked loss is right. Raises ModelError where a document's logits change with the document before it.
     """
-    causal_lm = model.causal_lm
     was_training = causal_lm.training
     causal_lm.eval()
     device = causal_lm.device

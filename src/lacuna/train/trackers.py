@@ -7,17 +7,18 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lacuna.config.training import TrainingConfig
-from lacuna.errors import ConfigError, MissingExtraError, RunError
+from lacuna.errors import MissingExtraError, RunError
 from lacuna.runs.folder import write_json
 
-OFFLINE = "Or set WANDB_MODE=offline, which keeps the metrics in the run folder."
+OFFLINE = "set WANDB_MODE=offline, which keeps the metrics in the run folder"
 Log = Callable[[int, Mapping[str, float]], None]
 
 
-def check_tracker(config: TrainingConfig) -> None:
-    """Raises MissingExtraError or ConfigError before anything expensive happens: no W&B account here."""
+def check_tracker(config: TrainingConfig, report: Callable[[str], None]) -> None:
+    """Without a W&B account the run is logged offline, and that is said. Raises MissingExtraError."""
     if config.tracker == "none":
         return
     if importlib.util.find_spec(config.tracker) is None:
@@ -28,21 +29,22 @@ def check_tracker(config: TrainingConfig) -> None:
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            raise ConfigError(f"tracker 'wandb': {error} {OFFLINE}") from error
+            os.environ["WANDB_MODE"] = "offline"
+            report(f"warning: W&B: {error} The run is logged offline, in its folder; `wandb sync` uploads it later")
 
 
 @contextmanager
-def open_tracker(config: TrainingConfig, folder: Path, start_step: int) -> Iterator[Log]:
+def open_tracker(config: TrainingConfig, folder: Path, start_step: int, settings: Mapping[str, Any]) -> Iterator[Log]:
     """A function (step, values) that reports to the tracker; a resumed run goes on in the same W&B run or event log."""
     if config.tracker == "wandb":
-        yield from _wandb(config, folder)
+        yield from _wandb(config, folder, settings)
     elif config.tracker == "tensorboard":
         yield from _tensorboard(folder, start_step)
     else:
         yield lambda step, values: None
 
 
-def _wandb(config: TrainingConfig, folder: Path) -> Iterator[Log]:
+def _wandb(config: TrainingConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[Log]:
     import wandb
 
     remembered = folder / "wandb_run.json"
@@ -55,10 +57,10 @@ def _wandb(config: TrainingConfig, folder: Path) -> Iterator[Log]:
             id=run_id,
             resume="allow",
             dir=folder,
-            config=config.model_dump(),
+            config=dict(settings),
         )
     except wandb.errors.Error as error:
-        raise RunError(f"tracker 'wandb': {error} {OFFLINE}") from error
+        raise RunError(f"tracker 'wandb': {error} Or {OFFLINE}") from error
     with started as run:
         yield lambda step, values: run.log(dict(values), step=step)
 

@@ -1,0 +1,5 @@
+"""`python -m lacuna`, for torchrun."""
+
+from lacuna.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""The frozen model, quantised or not, and the adapter on it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModelForCausalLM, TaskType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lacuna.config.files import did_you_mean
+from lacuna.config.finetune import FinetuneConfig, TrainingSection
+from lacuna.config.training import SFTConfig
+from lacuna.errors import ConfigError, ModelError
+from lacuna.platform.detect import Device
+from lacuna.train.model import Execution, cannot_load, check_loaded, supervised_loss, transformer_blocks
+
+
+class AdapterModel(PeftModelForCausalLM):
+    """PEFT's model, whose forward pass is the loss, so that whatever wraps the module covers both."""
+
+    dtype_of_products: torch.dtype
+    chunked: bool
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, position_ids: Tensor, predicting: Tensor, targets: Tensor, scale: float
+    ) -> Float[Tensor, ""]:
+        """See supervised_loss."""
+        causal_lm = self.get_base_model()
+        return supervised_loss(
+            causal_lm, input_ids, position_ids, predicting, targets, scale, self.dtype_of_products, self.chunked
+        )
+
+
+def check_quantisation(config: FinetuneConfig, device: Device) -> None:
+    """Quantise a few weights and multiply by them. Raises ConfigError where bitsandbytes does not work here."""
+    if config.training.method != "qlora":
+        return
+    advice = "set training.method: lora, which needs no quantisation"
+    try:
+        import bitsandbytes
+
+        bits = config.training.quantization_bits
+        layer: Any = (
+            bitsandbytes.nn.Linear4bit(64, 64, bias=False)
+            if bits == 4
+            else bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        )
+        product = layer.to(device.type)(torch.ones(1, 64, device=device.type))
+        if not bool(torch.isfinite(product).all()):
+            raise ConfigError(f"training.method qlora: bitsandbytes gives no finite product on {device.name}: {advice}")
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError, ValueError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"training.method qlora: bitsandbytes does not work on {device.name} ({said[0]}): {advice}"
+        ) from error
+
+
+def load_frozen(
+    config: FinetuneConfig, flat: SFTConfig, execution: Execution, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model whose weights will not move, quantised for qlora, on the device. Raises ModelError."""
+    settings: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": execution.attention}
+    if config.training.method == "qlora":
+        settings["quantization_config"] = quantisation(config.training, execution.dtype)
+        if execution.device.type != "cpu":
+            settings["device_map"] = {"": execution.device.type}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="bitsandbytes")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                flat.model_name,
+                revision=flat.model_revision or "main",
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise cannot_load(flat, "its weights cannot be loaded", error) from error
+    model, information = loaded
+    check_loaded(flat, model, information["missing_keys"], tokenizer)
+    frozen: PreTrainedModel = model if config.training.method == "qlora" else model.to(execution.device.type)
+    return frozen
+
+
+def quantisation(training: TrainingSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """# ref: Dettmers et al. 2023, QLoRA, arXiv 2305.14314"""
+    if training.quantization_bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[training.quantization_compute_dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=training.quantization_type,
+        bnb_4bit_use_double_quant=training.double_quantization,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def add_adapter(causal_lm: PreTrainedModel, config: FinetuneConfig, dtype: torch.dtype) -> AdapterModel:
+    """Draw an adapter, in fp32, from the config's seed. Raises ConfigError for layers that the model does not have."""
+    training = config.training
+    check_targets(causal_lm, training.target_modules)
+    torch.manual_seed(training.seed)
+    adapter = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        target_modules=training.target_modules or "all-linear",
+        bias=training.bias,
+        base_model_name_or_path=config.model.path,
+        revision=config.model.revision,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        model = AdapterModel(causal_lm, adapter)
+    model.dtype_of_products = dtype
+    to_fp32(model)
+    return model
+
+
+def to_fp32(model: nn.Module) -> None:
+    """Trainable weights in fp32: in bf16 most updates are too small to change them.
+
+    # ref: https://github.com/huggingface/peft/issues/2889
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def check_targets(causal_lm: PreTrainedModel, wanted: list[str] | None) -> None:
+    """PEFT passes over names that no layer has, as long as one name fits. Raises ConfigError for each of them."""
+    names = [name for name, module in causal_lm.named_modules() if is_linear(module)]
+    inside = {f"{name}." for name, _ in causal_lm.named_children()}
+    leaves = sorted({name.rpartition(".")[2] for name in names if any(name.startswith(part) for part in inside)})
+    problems = [
+        f"training.target_modules: {type(causal_lm).__name__} has no linear layer {target!r}"
+        f"{did_you_mean(target, leaves)}; it has {', '.join(leaves)}. Leave target_modules out to take all of them"
+        for target in wanted or []
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Linear layers of torch and bitsandbytes, and GPT-2's, which are called Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def describe(model: AdapterModel) -> str:
+    """Which layers have an adapter, and how much is trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    blocks = len(transformer_blocks(model.get_base_model()))
+    targets = sorted(model.peft_config["default"].target_modules)
+    return f"adapter on {', '.join(targets)} of {blocks} layers: {trained:,} weights to train"
+
+
+def save_adapter(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A folder that plain PEFT loads, with the tokenizer and its template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

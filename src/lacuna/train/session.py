@@ -1,0 +1,180 @@
+"""What every trainer does around its steps: one process in a run folder, and whatever ends it is written down."""
+
+import errno
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lacuna.config.files import check, merge_layers, read_layer
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
+from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, write_status
+from lacuna.runs.metrics import read_metrics, validation_losses
+from lacuna.train.checkpoint import damage, newest_whole, read_state
+from lacuna.train.signals import StopRequest
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def supervise(
+    config: TrainingConfig | FinetuneConfig,
+    flat: TrainingConfig,
+    resume_with: str,
+    out_of_memory: Callable[[], str],
+    work: Callable[[Path, Console, StopRequest], None],
+    is_first: bool = True,
+) -> None:
+    """Do the work in the run folder, unless that is done; status.json tells how it ended.
+
+    flat: config in the names of our own loop. resume_with: the command that goes on with the run. is_first: of the
+    processes that train together; the others are silent and write nothing.
+    Raises LacunaError for what the user can mend, Interrupted after a signal.
+    """
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not is_first)
+    folder = Path(flat.output_dir).expanduser()
+    refuse_foreign_folder(folder)
+    if not is_first:
+        with StopRequest() as stop:
+            if not _is_finished(folder, config, flat):
+                work(folder, console, stop)
+        return
+    with StopRequest() as stop, locked(folder):
+        if _is_finished(folder, config, flat):
+            if (read_status(folder) or {}).get("state") != "finished":
+                write_status(folder, "finished", **_last_step(folder))
+            console.print(f"already finished: {folder / 'final'}")
+            return
+        try:
+            write_status(folder, "starting", **_last_step(folder))
+            work(folder, console, stop)
+        except Interrupted as interruption:
+            _finish_status(folder, "interrupted", str(interruption))
+            raise Interrupted(interruption.signal_number, f"{interruption}; go on with: {resume_with}") from None
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
+                error = RunError(problem + resume_with)
+            elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                error = RunError(out_of_memory())
+            _finish_status(folder, "failed", str(error) or type(error).__name__)
+            raise error
+        if losses := list(validation_losses(folder).values()):
+            console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
+
+
+def _finish_status(folder: Path, state: str, reason: str) -> None:
+    try:
+        write_status(folder, state, **_last_step(folder), reason=reason)
+    except OSError as error:
+        print(f"status.json could not be written: {error}", file=sys.stderr)
+
+
+def _last_step(folder: Path) -> dict[str, Any]:
+    status = read_status(folder) or {}
+    return {"step": status.get("step", 0), "total_steps": status.get("total_steps")}
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """Run all of them and raise what they found together."""
+    results, problems = [], []
+    for check_one in checks:
+        try:
+            results.append(check_one())
+        except LacunaError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    return results
+
+
+def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig) -> bool:
+    """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
+    has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
+    if not has_run:
+        return False
+    if flat.resume == "never":
+        raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
+    layer = read_layer(folder / "config.toml")
+    values, origins = merge_layers([layer], [])
+    before = check(type(config), values, origins) if values.get("trainer") == config.model_dump()["trainer"] else None
+    if before is None:
+        raise RunError(f"output_dir {folder} holds a {values.get('trainer')} run: choose another --output-dir")
+    refuse_other_settings(before.settings(), config.settings(), config.may_change, f"the run in {folder}")
+    return (folder / "final").is_dir()
+
+
+def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], whose: str) -> None:
+    """Raise RunError that lists every setting that would make the resumed run another one."""
+    different = [name for name in now if name not in may_change and before.get(name) != now[name]]
+    if different:
+        changes = "; ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in different)
+        raise RunError(
+            f"{whose} has other settings ({changes}): give the same ones to go on with it, or choose another "
+            "--output-dir for a new run"
+        )
+
+
+def check_resume_path(flat: TrainingConfig) -> None:
+    """Raises RunError where the checkpoint to resume from is not there."""
+    if flat.resume not in ("auto", "never") and not (Path(flat.resume) / "manifest.json").is_file():
+        raise RunError(f"resume {flat.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)")
+
+
+def find_checkpoint(
+    config: TrainingConfig | FinetuneConfig,
+    flat: TrainingConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    fingerprint: str,
+    precision: str,
+    console: Console,
+) -> Path | None:
+    """The checkpoint to go on from; None for a new run. Raises RunError where it is damaged, or of another run."""
+    if flat.resume == "never":
+        return None
+    if flat.resume == "auto":
+        found = newest_whole(folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"))
+    else:
+        found = Path(flat.resume)
+        if (reason := damage(found)) is not None:
+            raise RunError(f"resume {found}: {reason}")
+        newer = [path for path in folder.glob("checkpoints/step-*") if path.name > found.name]
+        if newer:
+            raise RunError(
+                f"resume {found}: {folder} already holds {newer[0].name}, which is newer: choose another --output-dir"
+            )
+    if found is None:
+        return None
+    state = read_state(found)
+    refuse_other_settings(state.config, settings, config.may_change, f"the checkpoint {found}")
+    if state.data != fingerprint:
+        raise RunError(f"{found}: the data or the tokenizer have changed since it was written; restore them to resume")
+    if state.precision != precision:
+        raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set --precision")
+    return found
+
+
+def check_disk(folder: Path, parameters: int, bytes_each: int) -> None:
+    """Raise RunError where not even one checkpoint and the final folder would fit."""
+    needed = parameters * bytes_each
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"output_dir {folder}: one checkpoint and the final model take {needed / 2**30:.2f} GiB, but only "
+            f"{free / 2**30:.2f} GiB are free on that disk"
+        )
+
+
+def resume_command(command: list[str], *more: str) -> str:
+    """What the user types to go on with this run. more: flags to add."""
+    program = Path(command[0])
+    name = program.name if shutil.which(program.name) == str(program) else os.path.relpath(program)
+    return shlex.join([name, *command[1:], *more])

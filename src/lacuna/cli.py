@@ -134,13 +134,15 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
     if name == "finetune":
         device = {"device": flags["device"]} if flags["device"] is not None else {}
         config, origins = load_finetune(flags["files"], {**parse_settings(flags["words"]), **device})
+        settings = config.model_dump()
     else:
         stray = flags.pop("files")
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
         del flags["verbose"]
-        config, origins = resolve(TRAINERS[name], files, flags)
-    print_settings(dict(flatten(config.model_dump())), origins)
+        flat, origins = resolve(TRAINERS[name], files, flags)
+        settings = flat.model_dump()
+    print_settings(dict(flatten(settings)), origins)
 
 
 def print_settings(settings: Mapping[str, object], origins: Mapping[str, Layer]) -> None:

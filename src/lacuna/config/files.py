@@ -190,8 +190,8 @@ def _place(path: str, origins: Mapping[str, Layer]) -> tuple[str, str]:
 def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted paths of all settings of a config, sections left out."""
     paths = []
-    for name, field in model.model_fields.items():
-        kind: Any = field.annotation
+    for name, details in model.model_fields.items():
+        kind: Any = details.annotation
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
         paths += setting_paths(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
     return paths

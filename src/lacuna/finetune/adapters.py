@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -10,11 +10,12 @@ from peft import LoraConfig, PeftModelForCausalLM, TaskType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from lacuna.config.files import did_you_mean
 from lacuna.config.finetune import FinetuneConfig, TrainingSection
 from lacuna.config.training import SFTConfig
-from lacuna.errors import ConfigError, ModelError
+from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
 from lacuna.train.model import Execution, cannot_load, check_loaded, supervised_loss, transformer_blocks
 
@@ -25,13 +26,17 @@ class AdapterModel(PeftModelForCausalLM):
     dtype_of_products: torch.dtype
     chunked: bool
 
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The frozen model, with the adapter in its layers."""
+        return cast(PreTrainedModel, self.get_base_model())
+
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, position_ids: Tensor, predicting: Tensor, targets: Tensor, scale: float
     ) -> Float[Tensor, ""]:
         """See supervised_loss."""
-        causal_lm = self.get_base_model()
         return supervised_loss(
-            causal_lm, input_ids, position_ids, predicting, targets, scale, self.dtype_of_products, self.chunked
+            self.causal_lm, input_ids, position_ids, predicting, targets, scale, self.dtype_of_products, self.chunked
         )
 
 
@@ -41,14 +46,10 @@ def check_quantisation(config: FinetuneConfig, device: Device) -> None:
         return
     advice = "set training.method: lora, which needs no quantisation"
     try:
-        import bitsandbytes
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-        bits = config.training.quantization_bits
-        layer: Any = (
-            bitsandbytes.nn.Linear4bit(64, 64, bias=False)
-            if bits == 4
-            else bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
-        )
+        four_bit = config.training.quantization_bits == 4
+        layer = Linear4bit(64, 64) if four_bit else Linear8bitLt(64, 64, has_fp16_weights=False)
         product = layer.to(device.type)(torch.ones(1, 64, device=device.type))
         if not bool(torch.isfinite(product).all()):
             raise ConfigError(f"training.method qlora: bitsandbytes gives no finite product on {device.name}: {advice}")
@@ -82,8 +83,19 @@ def load_frozen(
         raise cannot_load(flat, "its weights cannot be loaded", error) from error
     model, information = loaded
     check_loaded(flat, model, information["missing_keys"], tokenizer)
-    frozen: PreTrainedModel = model if config.training.method == "qlora" else model.to(execution.device.type)
-    return frozen
+    if config.training.method == "qlora":
+        _keep_as_loaded(model)
+        return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, model.to(execution.device.type))
+
+
+def _keep_as_loaded(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes repacks 4-bit weights when it evaluates, and would go on training with other ones."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantisation(training: TrainingSection, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -102,14 +114,14 @@ def quantisation(training: TrainingSection, dtype: torch.dtype) -> BitsAndBytesC
 def add_adapter(causal_lm: PreTrainedModel, config: FinetuneConfig, dtype: torch.dtype) -> AdapterModel:
     """Draw an adapter, in fp32, from the config's seed. Raises ConfigError for layers that the model does not have."""
     training = config.training
-    check_targets(causal_lm, training.target_modules)
+    targets = target_modules(causal_lm, training.target_modules)
     torch.manual_seed(training.seed)
     adapter = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
-        target_modules=training.target_modules or "all-linear",
+        target_modules=targets,
         bias=training.bias,
         base_model_name_or_path=config.model.path,
         revision=config.model.revision,
@@ -132,35 +144,38 @@ def to_fp32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_targets(causal_lm: PreTrainedModel, wanted: list[str] | None) -> None:
-    """PEFT passes over names that no layer has, as long as one name fits. Raises ConfigError for each of them."""
-    names = [name for name, module in causal_lm.named_modules() if is_linear(module)]
-    inside = {f"{name}." for name, _ in causal_lm.named_children()}
-    leaves = sorted({name.rpartition(".")[2] for name in names if any(name.startswith(part) for part in inside)})
+def target_modules(causal_lm: PreTrainedModel, wanted: list[str] | None) -> list[str]:
+    """Names of the layers that get an adapter: the wanted ones, or all linear ones in the transformer blocks.
+
+    Raises ConfigError for each name that no layer has: PEFT passes over it as long as one other name fits.
+    """
+    blocks = transformer_blocks(causal_lm)
+    names = [name for block in blocks for name, module in block.named_modules() if is_linear(module)]
+    known = sorted({name.rpartition(".")[2] for name in names})
     problems = [
         f"training.target_modules: {type(causal_lm).__name__} has no linear layer {target!r}"
-        f"{did_you_mean(target, leaves)}; it has {', '.join(leaves)}. Leave target_modules out to take all of them"
+        f"{did_you_mean(target, known)}; it has {', '.join(known)}. Leave target_modules out to take all of them"
         for target in wanted or []
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
     if problems:
         raise ConfigError(problems)
+    return wanted or known
 
 
 def is_linear(module: nn.Module) -> bool:
     """Linear layers of torch and bitsandbytes, and GPT-2's, which are called Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def describe(model: AdapterModel) -> str:
     """Which layers have an adapter, and how much is trained."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    blocks = len(transformer_blocks(model.get_base_model()))
-    targets = sorted(model.peft_config["default"].target_modules)
-    return f"adapter on {', '.join(targets)} of {blocks} layers: {trained:,} weights to train"
+    adapter = cast(LoraConfig, model.peft_config["default"])
+    return f"adapter on {', '.join(sorted(adapter.target_modules or []))}: {trained:,} weights to train"
 
 
 def save_adapter(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A folder that plain PEFT loads, with the tokenizer and its template."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)

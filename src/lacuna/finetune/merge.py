@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import PeftModelForCausalLM
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna.errors import ModelError, RunError
 
@@ -36,7 +37,7 @@ def merge(run_folder: str, output: str) -> str:
         raise ModelError(f"{adapter}: its base model {base} cannot be loaded: {str(error).splitlines()[0]}") from error
     with_adapter = PeftModelForCausalLM.from_pretrained(model, adapter).eval()
     expected = logits_of(with_adapter)
-    merged: PreTrainedModel = with_adapter.merge_and_unload()
+    merged: Any = with_adapter.merge_and_unload()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.to(dtype).save_pretrained(partial)
@@ -63,9 +64,9 @@ def find_adapter(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module) -> Float[Tensor, "rows length vocabulary"]:
+def logits_of(model: Any) -> Float[Tensor, "rows length vocabulary"]:
     """For a few fixed rows of tokens."""
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
+    vocabulary: int = model.get_input_embeddings().num_embeddings
     ids = torch.arange(48).reshape(2, 24) * 7919 % vocabulary
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()

@@ -152,9 +152,7 @@ def in_own_words(problem: str) -> str:
     return re.sub(rf"(?<![\w./=-])({words})(?![\w/=])", lambda found: names[found[1]], problem)
 
 
-def check_before(
-    config: FinetuneConfig, flat: SFTConfig, report: Report
-) -> tuple[SFTConfig, Any, dict[str, Any], Execution]:
+def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tuple[SFTConfig, Any, Any, Execution]:
     """What costs seconds, all of it together: settings as this machine can run them, tokenizer, model config, device.
 
     Raises ConfigError with everything that is wrong.

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig as TrlConfig
-from trl import SFTTrainer
+from trl.trainer.sft_config import SFTConfig as TrlConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import SFTConfig
@@ -112,7 +112,7 @@ class Steps(IterableDataset[Step]):
 
 
 def _without_targets(sample: Sample) -> Sample:
-    """For a process that gets no sample of a short last step: it takes part in the exchange of gradients all the same."""
+    """For a process that gets no sample of a short last step, but takes part in the exchange of gradients."""
     return Sample(sample.tokens[:2], np.zeros(2, dtype=np.bool_))
 
 
@@ -132,6 +132,7 @@ class AdapterTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward passes of one optimizer step; gradients are exchanged in the last."""
         step: Step = inputs["step"]
+        model.train()
         self.step, self.losses = step, []
         scale = self.steps.processes / max(step.targets, 1)
         for index, micro in enumerate(step.passes):
@@ -219,11 +220,11 @@ def make_adapter_optimizer(
 ) -> torch.optim.Optimizer:
     if optimizer_name(config, device) == "adamw":
         return make_optimizer(model, flat)
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import PagedAdamW32bit
 
     betas = (flat.adam_beta1, flat.adam_beta2)
     groups = decay_groups(model, flat)
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW32bit(groups, lr=flat.learning_rate, betas=betas)
+    optimizer: torch.optim.Optimizer = PagedAdamW32bit(groups, lr=flat.learning_rate, betas=betas)
     return optimizer
 
 
@@ -256,7 +257,7 @@ class RunFolderCallback(TrainerCallback):
         self.model: AdapterModel = trainer.accelerator.unwrap_model(trainer.model)
         self.console, self.stop, self.progress, self.written = console, stop, progress, written
         self.state = start
-        self.flops = model_flops(self.model.get_base_model(), flat.sequence_length)
+        self.flops = model_flops(self.model.causal_lm, flat.sequence_length)
         self.window, self.tokens, self.norm = Window(), start.tokens, 0.0
         self.started = 0.0
         self.validation_loss = start.validation_loss

@@ -1,4 +1,6 @@
-"""How much memory a step of an adapter's training takes, from the model's config.json alone. Nothing here imports torch.
+"""How much memory a step of an adapter's training takes, from the model's config.json alone.
+
+Nothing here imports torch.
 
 Estimates, checked against traces of Mistral-7B's shape with all seven projections adapted: within 15 %.
 """
@@ -9,7 +11,7 @@ from typing import Any
 
 GIB = 2**30
 QUANTISED_BYTES = {4: 0.516, 8: 1.0}
-"""Bytes of a frozen weight: half a byte or one, and 4 bits' doubly quantised scales. # ref: arXiv 2305.14314, section 3"""
+"""Bytes of a frozen weight, with 4 bits' doubly quantised scales. # ref: arXiv 2305.14314, section 3"""
 ADAPTER_BYTES = 16
 """Of an adapter's parameter: weight, gradient and two moments in fp32."""
 KEPT_HIDDEN, KEPT_MLP = 40, 16

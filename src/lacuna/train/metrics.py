@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -61,10 +62,11 @@ def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | No
     heads = text_config.num_attention_heads
     head_dimension = config.get("head_dim") or text_config.hidden_size // heads
     sizes = [size for block in blocks for size in _matrices(block)]
-    head = model.get_output_embeddings().weight
+    head: Any = model.get_output_embeddings().weight
+    inputs: Any = model.get_input_embeddings().weight
     block_parameters = sum(size for size, _ in sizes)
     others = (p.numel() for name, p in model.named_parameters() if p.ndim != 2)
-    embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, head)}
+    embeddings = {id(p): p.numel() for p in (inputs, head)}
     return ModelFlops(
         block_parameters=block_parameters,
         head_parameters=head.numel(),

@@ -176,7 +176,7 @@ def check_loaded(
             "initialise = 'random' of pretrain and sft trains from scratch"
         )
     _mend_generation_config(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(tokenizer) > vocabulary:
         raise ModelError(
             f"{config.model_name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary} embeddings"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lacuna.config.files import flag_name
-from lacuna.config.training import TRAINERS
+from lacuna.config.trainers import FLAT as TRAINERS
 
 BIN = Path(sys.executable).parent
 SITE_PACKAGES = Path(pytest.__file__).parent.parent

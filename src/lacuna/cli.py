@@ -11,7 +11,7 @@ import click
 from lacuna import __version__
 from lacuna.config.files import Layer, did_you_mean, flag_name, flatten, read_layer
 from lacuna.config.layers import SET, load_finetune, parse_settings
-from lacuna.config.training import TRAINERS
+from lacuna.config.trainers import CONFIGS, FLAT, trainer_of
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.flags import FLAGS, config_files, config_options, resolve, shown
 
@@ -20,7 +20,7 @@ YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
-    config, _ = resolve(TRAINERS[name], config_files(files), flags)
+    config, _ = resolve(FLAT[name], config_files(files), flags)
     from lacuna.data.hub import stay_offline_if_unreachable
 
     stay_offline_if_unreachable(config)
@@ -44,7 +44,7 @@ def lacuna(verbose: bool) -> None:
 
 @lacuna.command(context_settings=HELP)
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
-@config_options(TRAINERS["pretrain"])
+@config_options(FLAT["pretrain"])
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def pretrain(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
     """Next-token prediction on plain text.
@@ -56,7 +56,7 @@ def pretrain(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None
 
 @lacuna.command(context_settings=HELP)
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
-@config_options(TRAINERS["sft"])
+@config_options(FLAT["sft"])
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
     """Supervised fine-tuning: the loss is on the assistant's tokens only.
@@ -113,7 +113,7 @@ def merge(run_folder: str, output: str, verbose: bool) -> None:
 
 @lacuna.command(context_settings={**HELP, "ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [--SETTING VALUE]...")
-@click.option("--trainer", type=click.Choice([*TRAINERS]), help="Where no file says it by its `trainer` key.")
+@click.option("--trainer", type=click.Choice([*CONFIGS]), help="Where no file says it by its `trainer` key.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> None:
     """Print every setting of CONFIG..., and the file and line, flag or default that it came from."""
@@ -121,11 +121,11 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
     files = [token.lstrip("@") for token in arguments[:first_flag] if token != "@"]
     if not files:
         raise ConfigError("explain needs a config file, and files come before flags")
-    given = [layer.values.get("trainer") for layer in map(read_layer, files)]
-    named = [name for name in given if isinstance(name, str) and name in TRAINERS]
+    given = [trainer_of(layer.values) for layer in map(read_layer, files)]
+    named = [name for name in given if isinstance(name, str) and name in CONFIGS]
     if trainer is None and not named:
         raise ConfigError(
-            f"{', '.join(files)}: no `trainer` key says what this is for; pass --trainer {', '.join(TRAINERS)}"
+            f"{', '.join(files)}: no `trainer` key says what this is for; pass --trainer {', '.join(CONFIGS)}"
         )
     name = trainer or named[-1]
     command = {"pretrain": pretrain, "sft": sft, "finetune": finetune}[name]
@@ -140,7 +140,7 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
         del flags["verbose"]
-        flat, origins = resolve(TRAINERS[name], files, flags)
+        flat, origins = resolve(FLAT[name], files, flags)
         settings = flat.model_dump()
     print_settings(dict(flatten(settings)), origins)
 
@@ -210,8 +210,8 @@ def generate(
     click.echo(f"✓ Generated {len(done.runs)} config{'s' * (len(done.runs) != 1)} in {done.output.rstrip('/')}/")
     for run in done.runs[:SHOWN_RUNS]:
         settings = {**run.settings, **({"seed": run.seed} if run.seed is not None else {})}
-        shown = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
-        click.echo(f"  - {os.path.join(done.output, run.id)}.yaml{f' ({shown})' if shown else ''}")
+        varied = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+        click.echo(f"  - {os.path.join(done.output, run.id)}.yaml{f' ({varied})' if varied else ''}")
     if len(done.runs) > SHOWN_RUNS:
         click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
     click.echo("✓ Created run_mapping.yaml")

@@ -8,7 +8,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, without_subject
-from lacuna.config.training import ALTERNATIVES, TRAINERS, TrainingConfig
+from lacuna.config.trainers import CONFIGS, trainer_of
+from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 
 FLAGS = "the command line"
@@ -90,8 +91,8 @@ def resolve(
     """Files under flags, later over earlier: the checked config, and the layer of each value that is no default."""
     layers = [*(read_layer(file) for file in files), flag_layer(model, flags)]
     for layer in layers:
-        wanted = layer.values.get("trainer")
-        if isinstance(wanted, str) and wanted in TRAINERS and TRAINERS[wanted] is not model:
+        wanted = trainer_of(layer.values)
+        if isinstance(wanted, str) and wanted in CONFIGS and CONFIGS[wanted] is not model:
             raise ConfigError(f"{layer.where('trainer')}: this is a config for {wanted!r}: use `lacuna {wanted}`")
-    values, origins = merge_layers(layers, ALTERNATIVES)
+    values, origins = merge_layers(layers, model.alternatives)
     return check(model, values, origins), origins

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
@@ -195,6 +196,15 @@ def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
         paths += setting_paths(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
     return paths
+
+
+def field_at(model: type[BaseModel], path: str) -> FieldInfo:
+    """The field of a setting, by its dotted path."""
+    *sections, name = path.split(".")
+    for section in sections:
+        kind: Any = model.model_fields[section].annotation
+        model = kind
+    return model.model_fields[name]
 
 
 def without_subject(message: str) -> str:

@@ -214,6 +214,7 @@ class FinetuneConfig(Section):
     """LoRA and QLoRA with TRL and PEFT."""
 
     may_change: ClassVar[set[str]] = FINETUNE_MAY_CHANGE
+    alternatives: ClassVar[list[tuple[str, str]]] = FINETUNE_ALTERNATIVES
 
     trainer: Literal["finetune"] = "finetune"
     """What the config is for."""

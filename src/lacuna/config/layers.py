@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lacuna.config.files import Layer, check, merge_layers, read_layer, set_flag
-from lacuna.config.finetune import FINETUNE_ALTERNATIVES, FinetuneConfig
-from lacuna.config.training import TRAINERS
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.trainers import FLAT
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 
@@ -16,10 +16,10 @@ def load_finetune(files: Sequence[str], settings: Mapping[str, Any]) -> tuple[Fi
     """The checked config, and the layer of each value that is no default. Raises ConfigError."""
     layers = [read_layer(file) for file in files]
     for layer in layers:
-        if (wanted := layer.values.get("trainer")) in TRAINERS and wanted != "finetune":
+        if (wanted := layer.values.get("trainer")) in FLAT:
             raise ConfigError(f"{layer.where('trainer')}: this is a config for {wanted!r}: use `lacuna {wanted}`")
     layers.append(Layer(SET, _nested(settings)))
-    values, origins = merge_layers(layers, FINETUNE_ALTERNATIVES)
+    values, origins = merge_layers(layers, FinetuneConfig.alternatives)
     return check(FinetuneConfig, values, origins, set_flag), origins
 
 

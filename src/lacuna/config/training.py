@@ -119,6 +119,7 @@ class TrainingConfig(BaseModel):
     """W&B project. Default: lacuna."""
 
     may_change: ClassVar[set[str]] = MAY_CHANGE_ON_RESUME
+    alternatives: ClassVar[list[tuple[str, str]]] = ALTERNATIVES
 
     def settings(self) -> dict[str, Any]:
         """Name to value: what a resumed run is compared by."""
@@ -207,9 +208,6 @@ class SFTConfig(TrainingConfig):
     """File with a Jinja chat template, for a tokenizer that has none or another one."""
     too_long: Literal["drop", "truncate", "stop"] = "drop"
     """What happens to conversations longer than sequence_length; they are counted and said."""
-
-
-TRAINERS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
 
 
 def _largest_divisor(number: int, limit: int) -> int:

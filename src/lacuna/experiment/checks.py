@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lacuna.config.finetune import IN_SFT, FinetuneConfig
 from lacuna.data.formats import find_files, peek, read_file
 from lacuna.data.schemas import detect_schema
 from lacuna.errors import DataError, MissingExtraError
@@ -44,30 +45,44 @@ def check_run(trainer: str, run: str, values: Mapping[str, Any], gpus: int) -> I
             value = get(values, path)
             if value is not MISSING and (wrong := value_problem(trainer, path, value)):
                 yield Problem(run, path, f"is {wrong}", f"{name} takes another kind of value: correct it")
-    found = _torchtune(values, gpus) if trainer == "torchtune" else _our_data(values)
+    found = _torchtune(values, gpus) if trainer == "torchtune" else _our_data(*_flat(trainer, values))
     yield from (replace(problem, run=run) for problem in found)
 
 
-def _our_data(values: Mapping[str, Any]) -> Iterator[Problem]:
+SPLITS = {"dataset_split": "train", "validation_split": "validation"}
+
+
+def _flat(trainer: str, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """A config's values under the names of our own loop, and where the config has them."""
+    if trainer != "finetune":
+        return values, {}
+    return FinetuneConfig.model_validate(values).as_sft().model_dump(), IN_SFT
+
+
+def _our_data(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[Problem]:
     """Files that are not there, and first rows that fit no schema."""
-    for name in ("dataset", "validation_dataset"):
+    kind = values.get("dataset_format", "auto")
+    for name, split in (("dataset", "dataset_split"), ("validation_dataset", "validation_split")):
+        place, wanted_split = places.get(name, name), values.get(split, SPLITS[split])
         try:
-            files = find_files(values[name]) if isinstance(values.get(name), str) else None
+            files = find_files(values[name], kind, wanted_split) if isinstance(values.get(name), str) else None
         except DataError as error:
-            yield Problem("", name, str(error), "correct the path", is_local=True)
+            yield Problem("", place, str(error), "correct the path", is_local=True)
             continue
         try:
-            first, _ = peek(row for file in files or () for row in read_file(file))
+            first, _ = peek(row for file in files or () for row in read_file(file, kind))
             if first:
                 wanted, column = values.get("dataset_schema", "text"), values.get("text_column", "text")
                 detect_schema(first, wanted, column, values[name])
         except MissingExtraError:
             continue
         except DataError as error:
-            yield Problem("", name, str(error), "correct the file, or dataset_schema")
+            schema = places.get("dataset_schema", "dataset_schema")
+            yield Problem("", place, str(error), f"correct the file, or {schema}")
     template = values.get("chat_template")
     if isinstance(template, str) and not Path(template).is_file():
-        yield Problem("", "chat_template", f"there is no file {template}", "correct the path", is_local=True)
+        place = places.get("chat_template", "chat_template")
+        yield Problem("", place, f"there is no file {template}", "correct the path", is_local=True)
 
 
 def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:

@@ -9,7 +9,9 @@ from lacuna.experiment.merge import MISSING, get, leaves
 
 def find_confounds(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence for each difference in budget or scale that a reader of the results should know of."""
-    return _torchtune(base, runs) if base.trainer == "torchtune" else _ours(runs)
+    if base.trainer == "torchtune":
+        return _torchtune(base, runs)
+    return _finetune(runs) if base.trainer == "finetune" else _ours(runs)
 
 
 def _varies(runs: Sequence[Mapping[str, Any]], path: str) -> bool:
@@ -22,17 +24,8 @@ def _listed(values: list[Any]) -> str:
 
 
 def _torchtune(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = []
     gpus = base.gpus
-    scales = [(get(run, "model.lora_alpha"), get(run, "model.lora_rank")) for run in runs]
-    ratios = {
-        alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int) and rank
-    }
-    if _varies(runs, "model.lora_rank") and not _varies(runs, "model.lora_alpha") and len(ratios) > 1:
-        notes.append(
-            f"confound: lora_alpha is {scales[0][0]} in every run while lora_rank varies, so the adapter's scale "
-            "lora_alpha / lora_rank varies too; `derived: {lora_alpha: 2 * lora_rank}` keeps it"
-        )
+    notes = _adapter_scale(runs, "model.lora_rank", "model.lora_alpha")
     effective = [_product(run, ("batch_size", "gradient_accumulation_steps"), gpus) for run in runs]
     limited = any(get(run, "max_steps_per_epoch") not in (None, MISSING) for run in runs)
     if None not in effective and len(set(effective)) > 1:
@@ -56,6 +49,34 @@ def _torchtune(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     if _varies(runs, "seed"):
         notes.append(_seeds(base, runs))
+    return notes
+
+
+def _adapter_scale(runs: Sequence[Mapping[str, Any]], rank_path: str, alpha_path: str) -> list[str]:
+    scales = [(get(run, alpha_path), get(run, rank_path)) for run in runs]
+    ratios = {
+        alpha / rank for alpha, rank in scales if isinstance(alpha, int | float) and isinstance(rank, int) and rank
+    }
+    if not _varies(runs, rank_path) or _varies(runs, alpha_path) or len(ratios) < 2:
+        return []
+    return [
+        f"confound: lora_alpha is {scales[0][0]} in every run while lora_rank varies, so the adapter's scale "
+        "lora_alpha / lora_rank varies too; `derived: {lora_alpha: 2 * lora_rank}` keeps it"
+    ]
+
+
+def _finetune(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = _adapter_scale(runs, "training.lora_r", "training.lora_alpha")
+    samples = [_product(run, ("training.batch_size", "training.gradient_accumulation_steps"), 1) for run in runs]
+    if None not in samples and len(set(samples)) > 1:
+        limited = any(isinstance(get(run, "training.max_steps"), int) for run in runs)
+        what = "samples seen" if limited else "optimizer steps"
+        notes.append(
+            f"confound: a step averages {_listed(samples)} samples (batch_size × gradient_accumulation_steps), so the "
+            f"{what} differ between runs"
+        )
+    if _varies(runs, "training.sequence_length"):
+        notes.append("confound: sequence_length varies; what happens to longer samples decides how many are trained on")
     return notes
 
 

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import Layer, check, did_you_mean, merge_layers
-from lacuna.config.training import ALTERNATIVES, TRAINERS
+from lacuna.config.finetune import default_output_dir
+from lacuna.config.trainers import CONFIGS
 from lacuna.errors import ConfigError
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.loaders import Base, load_base
 from lacuna.experiment.merge import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
-from lacuna.experiment.parameters import expects_whole_number, find_path, parameters, place, value_problem
+from lacuna.experiment.parameters import (
+    expects_whole_number,
+    find_path,
+    output_path,
+    parameters,
+    place,
+    value_problem,
+)
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
 
@@ -112,7 +120,7 @@ class _Composer:
             override = merge(override, nested(path, result))
         texts = [*self.texts, *((path, value) for path, value in leaves(override) if "{" in str(value))]
         for path, value in texts:
-            if path != "output_dir" and get(override, path) in (MISSING, value):
+            if path != output_path(self.trainer) and get(override, path) in (MISSING, value):
                 override = merge(override, nested(path, _filled(value, names)))
         override, output_dir = self._own_folder(id, override, names)
         seed = varied["seed"] if seeded else None
@@ -136,13 +144,16 @@ class _Composer:
 
     def _own_folder(self, id: str, override: Values, names: Settings) -> tuple[Values, str | None]:
         """Each run writes below the experiment's output_dir, or where the user's text with its names says."""
-        given = get(merge(self.settled, override), "output_dir")
+        path, settled = output_path(self.trainer), merge(self.settled, override)
+        given = get(settled, path)
+        if self.trainer == "finetune" and not isinstance(given, str):
+            given = default_output_dir(str(get(settled, "model.path")), self.experiment.experiment_name)
         if not isinstance(given, str):
             return override, None
-        is_own = "output_dir" in self.varying or names_in(given) & self.varying
+        is_own = not self.varying.isdisjoint(("output_dir", path)) or names_in(given) & self.varying
         folder = fill(given, names, in_path=True)
         folder = folder if is_own else f"{folder.rstrip('/')}/{id}"
-        return merge(override, {"output_dir": folder}), folder
+        return merge(override, nested(path, folder)), folder
 
     def _complete(self, override: Values) -> Values:
         """The whole config: torchtune's as it is, ours checked and with every default written out."""
@@ -152,9 +163,9 @@ class _Composer:
             Layer(self.base.name, self.values, self.base.lines),
             Layer(self.layer.name, merge(self.controls, override), self.lines),
         ]
-        config = check(TRAINERS[self.trainer], *merge_layers(layers, ALTERNATIVES), flag=None)
-        dumped = {name: value for name, value in config.model_dump().items() if value is not None}
-        return {"trainer": self.trainer, **dumped}
+        model = CONFIGS[self.trainer]
+        config = check(model, *merge_layers(layers, model.alternatives), flag=None)
+        return {"trainer": self.trainer, **config.model_dump(exclude_none=True)}
 
 
 def _in_order(experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> list[str]:

@@ -78,7 +78,7 @@ def _command(planned: Design, config: str) -> list[str]:
     base = planned.base
     if base.trainer == "torchtune":
         return torchtune.command(base.environment, base.recipe, base.gpus, config)
-    return [base.trainer, "@", config]
+    return [base.trainer, "--config" if base.trainer == "finetune" else "@", config]
 
 
 def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[str], stage: Path) -> list[Problem]:

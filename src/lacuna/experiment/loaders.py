@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import Layer, did_you_mean, read_layer
-from lacuna.config.training import TRAINERS
+from lacuna.config.trainers import CONFIGS, trainer_of
 from lacuna.errors import ConfigError
 from lacuna.experiment.schema import Experiment
 from lacuna.experiment.torchtune import (
@@ -71,16 +71,16 @@ def load_recipe(name: str, where: str, gpus: int | None, torchtune_python: str |
 
 def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_python: str | None) -> Base:
     """An own config: with a `trainer` key, or as TOML, it is lacuna's, otherwise torchtune's."""
-    trainer = layer.values.get("trainer")
+    trainer = trainer_of(layer.values)
     if trainer is None and layer.name.endswith(".toml"):
         raise ConfigError(
-            f"{layer.name}: no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, TRAINERS))}"
+            f"{layer.name}: no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, CONFIGS))}"
         )
     if trainer is not None:
-        if trainer not in TRAINERS:
-            hint = did_you_mean(str(trainer), list(TRAINERS))
+        if trainer not in CONFIGS:
+            hint = did_you_mean(str(trainer), list(CONFIGS))
             raise ConfigError(
-                f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(TRAINERS)} are"
+                f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are"
             )
         return Base(layer.name, trainer, layer.values, layer.lines, None, None, False, 1, ())
     if not layer.values:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from lacuna.config.files import did_you_mean, without_subject
-from lacuna.config.training import MAY_CHANGE_ON_RESUME, TRAINERS
+from lacuna.config.files import did_you_mean, field_at, setting_paths, without_subject
+from lacuna.config.finetune import IN_SFT
+from lacuna.config.trainers import CONFIGS
 from lacuna.experiment.merge import MISSING, get, leaves, nested, prefixes, type_conflicts
 
 Kind = Literal["scientific", "engineering"]
@@ -94,21 +95,40 @@ OURS = {
 """torchtune's names and those of our own trainers, where they differ."""
 
 
+SECTIONS = ("model", "dataset", "training")
+"""Of a finetune config: these words are no setting's name."""
+
+
 @cache
 def parameters(trainer: str) -> dict[str, Parameter]:
-    """Name to parameter for `torchtune`, `pretrain` or `sft`; our own configs are flat, so that name and path agree."""
+    """Name to parameter for `torchtune`, `pretrain`, `sft` or `finetune`.
+
+    The last part of a finetune setting's path is its name, where only one has it; what the other trainers call so is
+    another name of it.
+    """
     if trainer == "torchtune":
         return TORCHTUNE
-    return {
-        name: Parameter(
-            (name,),
-            ENGINEERING if name in MAY_CHANGE_ON_RESUME else SCIENTIFIC,
-            Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
-            field.description or "",
+    model = CONFIGS[trainer]
+    paths = [path for path in setting_paths(model) if path != "trainer"]
+    ends = [path.rpartition(".")[2] for path in paths]
+    places = {end: path for end, path in zip(ends, paths, strict=True) if ends.count(end) == 1}
+    if trainer == "finetune":
+        others = {name: path for name, path in IN_SFT.items() if name not in places and name not in SECTIONS}
+        places = {"lora_rank": "training.lora_r", **others, **places}
+        places |= {path: path for path in paths if path not in places.values()}
+    table = {}
+    for name, path in places.items():
+        field = field_at(model, path)
+        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        table[name] = Parameter(
+            (path,), ENGINEERING if path in model.may_change else SCIENTIFIC, kind, field.description or ""
         )
-        for name, field in TRAINERS[trainer].model_fields.items()
-        if name != "trainer"
-    }
+    return table
+
+
+def output_path(trainer: str) -> str:
+    """Where a config says where its run writes."""
+    return "training.output_dir" if trainer == "finetune" else "output_dir"
 
 
 def find_path(name: str, trainer: str, base: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -120,9 +140,12 @@ def find_path(name: str, trainer: str, base: Mapping[str, Any]) -> tuple[str, st
     table = parameters(trainer)
     if trainer != "torchtune":
         ours = OURS.get(flat, OURS.get(next((n for n, p in TORCHTUNE.items() if flat in p.paths), ""), ""))
-        hint = f"; what torchtune calls so is {ours} here" if ours else did_you_mean(flat, [*table])
-        hint = "; it trains whole models, adapters are torchtune's so far" if "lora" in flat else hint
-        return flat, None if flat in table else f"{trainer} has no setting {flat!r}{hint}"
+        hint = f"; what torchtune calls so is {ours} here" if ours in table else did_you_mean(flat, [*table])
+        if "lora" in flat and trainer != "finetune":
+            hint = "; it trains whole models: finetune trains adapters"
+        path = table[flat].paths[0] if flat in table else flat
+        is_there = path in _names(trainer) or (trainer == "finetune" and path in SECTIONS)
+        return path, None if is_there else f"{trainer} has no setting {flat!r}{hint}"
     paths = table[flat].paths if flat in table else (flat,)
     found = next((path for path in paths if get(base, path) is not MISSING), None)
     if found is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lacuna.config.files import flag_name
-from lacuna.config.trainers import FLAT as TRAINERS
+from lacuna.config.training import FLAT as TRAINERS
 
 BIN = Path(sys.executable).parent
 SITE_PACKAGES = Path(pytest.__file__).parent.parent
@@ -23,7 +23,8 @@ CORE_ONLY = (
 TORCH_FREE = [
     "lacuna.cli", "lacuna.errors", "lacuna.config.files", "lacuna.config.training", "lacuna.data.formats",
     "lacuna.data.schemas", "lacuna.data.packing", "lacuna.runs.folder", "lacuna.runs.metrics",
-    "lacuna.config.yaml_format", "lacuna.platform.detect", "lacuna.experiment.builder", "lacuna.experiment.checks",
+    "lacuna.config.yaml_format", "lacuna.config.finetune", "lacuna.config.layers", "lacuna.config.trainers",
+    "lacuna.flags", "lacuna.platform.memory", "lacuna.platform.detect", "lacuna.experiment.builder", "lacuna.experiment.checks",
     "lacuna.experiment.confounds", "lacuna.experiment.design", "lacuna.experiment.folder",
     "lacuna.experiment.generator", "lacuna.experiment.loaders", "lacuna.experiment.merge",
     "lacuna.experiment.parameters", "lacuna.experiment.recipe", "lacuna.experiment.schema", "lacuna.experiment.sweep",
@@ -210,7 +211,7 @@ def test_a_flag_can_unset_an_optional_setting(folder: Path) -> None:
 def test_explain_takes_the_trainer_by_flag_where_no_file_says_it(folder: Path) -> None:
     (folder / "a.toml").write_text(GOOD.replace('trainer = "sft"\n', ""))
     assert message(run("lacuna", "explain", "a.toml", cwd=folder)) == (
-        "error: a.toml: no `trainer` key says what this is for; pass --trainer pretrain or sft\n"
+        "error: a.toml: no `trainer` key says what this is for; pass --trainer pretrain, sft, finetune\n"
     )
     assert explained("a.toml", "--trainer", "pretrain", cwd=folder)["learning_rate"] == ("0.0003", "default")
 

@@ -16,7 +16,7 @@ import yaml
 
 import lacuna
 from conftest import SCRIPTS, Outcome, Run, spawn
-from lacuna.config.trainers import FLAT as TRAINERS
+from lacuna.config.training import FLAT as TRAINERS
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment.checks import check_run

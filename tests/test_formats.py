@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna.data.formats import Broken, Conversation, Example, Row, Text, find_files, peek, read_file, within_limit
+from lacuna.data.formats import (
+    EXAMPLES,
+    Broken,
+    Conversation,
+    Example,
+    Row,
+    Text,
+    find_files,
+    peek,
+    read_file,
+    within_limit,
+)
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
@@ -112,12 +123,16 @@ class TestFindFiles:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert find_error(name, tmp_path) == f"{name}: no such file or folder"
+        told, _, download = find_error(name, tmp_path).partition("; to download data into it: ")
+        assert told == f"{name}: no such file or folder"
+        assert bool(download) == (not Path(name).suffix)
+        assert not download or download.endswith(f" --repo-type dataset --local-dir {name}")
 
     def test_an_unknown_ending_lists_the_known_ones(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.xlsx", "")
-        assert find_error(path, tmp_path) == f"a.xlsx: unknown ending '.xlsx'; known: {ENDINGS}"
-        assert find_error(f"{tmp_path}/*.xlsx", tmp_path) == f"a.xlsx: unknown ending '.xlsx'; known: {ENDINGS}"
+        told = f"a.xlsx: unknown ending '.xlsx'; known: {ENDINGS}{EXAMPLES}"
+        assert find_error(path, tmp_path) == told
+        assert find_error(f"{tmp_path}/*.xlsx", tmp_path) == told
 
     def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
         assert find_error(tmp_path, tmp_path) == f"FOLDER: the folder holds no {ENDINGS} files"
@@ -127,10 +142,51 @@ class TestFindFiles:
 
     def test_a_folder_of_several_kinds_is_refused(self, tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", "")
-        write(tmp_path / "README.md", "")
+        write(tmp_path / "b.md", "")
         assert find_error(tmp_path, tmp_path) == (
             "FOLDER: several kinds of files (jsonl, text); choose one with a glob such as *.jsonl"
         )
+
+    def test_the_card_of_a_downloaded_data_set_is_no_data(self, tmp_path: Path) -> None:
+        write(tmp_path / "README.md", "")
+        path = write(tmp_path / "a.jsonl", "")
+        assert find_files(str(tmp_path)) == [path]
+
+    @pytest.mark.parametrize(
+        ("names", "split", "chosen"),
+        [
+            (["train.jsonl", "test.jsonl"], "train", ["train.jsonl"]),
+            (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/validation.jsonl"], "train",
+             ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]),
+            (["train.jsonl", "val.jsonl"], "validation", ["val.jsonl"]),
+            (["dev/a.jsonl", "train/a.jsonl"], "validation", ["dev/a.jsonl"]),
+            (["easy.jsonl", "hard.jsonl"], "hard", ["hard.jsonl"]),
+            (["a.jsonl", "b.jsonl"], "train", ["a.jsonl", "b.jsonl"]),
+            (["trainer_notes.jsonl", "latest.jsonl"], "train", ["latest.jsonl", "trainer_notes.jsonl"]),
+        ],
+    )  # fmt: skip
+    def test_a_folders_files_are_chosen_by_split(
+        self, names: list[str], split: str, chosen: list[str], tmp_path: Path
+    ) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            write(tmp_path / name, "")
+        assert find_files(str(tmp_path), "auto", split) == [tmp_path / name for name in chosen]
+
+    @pytest.mark.parametrize(("names", "split"), [(["test.jsonl"], "train"), (["a.jsonl"], "hard")])
+    def test_a_split_that_no_file_is_named_for_is_refused(self, names: list[str], split: str, tmp_path: Path) -> None:
+        for name in names:
+            write(tmp_path / name, "")
+        with pytest.raises(DataError, match=f"no file is named for the split '{split}'; there are: {names[0]}"):
+            find_files(str(tmp_path), "auto", split)
+
+    def test_a_given_format_overrides_the_ending(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "rows.data", '{"text": "one"}\n')
+        assert find_files(str(path), "jsonl") == [path]
+        assert [row.values for row in read_file(path, "jsonl")] == [{"text": "one"}]
+        write(tmp_path / "a.csv", "text\ntwo\n")
+        chosen = write(tmp_path / "b.jsonl", "")
+        assert find_files(str(tmp_path), "jsonl") == [chosen]
 
 
 class TestReadFile:

@@ -501,8 +501,15 @@ class TestDataSettings:
             path, dataset_subset="s", dataset_split="test", validation_dataset=str(path), validation_split="test"
         )
         assert self.problems(config) == [
-            f"{setting} is for hub data sets, but {path} is a file or folder"
-            for setting in ("dataset_subset", "dataset_split", "validation_split")
+            f"dataset_subset is for hub data sets, but {path} is a file or folder",
+            f"dataset_split is for hub data sets and folders, but {path} is a file",
+            f"validation_split is for hub data sets and folders, but {path} is a file",
+        ]
+
+    def test_a_format_is_refused_for_hub_data_sets(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert self.problems(pretrain("org/a", dataset_format="csv")) == [
+            "dataset_format is for files, but org/a is a hub data set"
         ]
 
     def test_hub_data_sets_may_have_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

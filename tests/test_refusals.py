@@ -366,7 +366,7 @@ def test_without_torch_the_missing_extra_is_named(tmp_path: Path) -> None:
     assert explained.returncode == 0, explained.stderr
 
 
-def test_wandb_without_an_account_is_told_before_the_data_are_read(settings: Settings, tmp_path: Path) -> None:
+def test_without_a_wandb_account_the_run_is_logged_offline(settings: Settings, tmp_path: Path) -> None:
     """In a process of its own, because W&B remembers its mode."""
     settings = {**settings, "tracker": "wandb"}
     environment = {**os.environ, "WANDB_MODE": "online", "HOME": str(tmp_path)}
@@ -375,11 +375,10 @@ def test_wandb_without_an_account_is_told_before_the_data_are_read(settings: Set
     outcome = subprocess.run(
         words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    assert outcome.returncode == 2
-    assert "error: tracker 'wandb': No API key configured" in outcome.stderr
-    assert "WANDB_MODE=offline" in outcome.stderr
-    assert "schema chat" not in outcome.stdout
-    assert "Traceback" not in outcome.stderr
+    assert outcome.returncode == 0, outcome.stderr
+    assert "warning: W&B: No API key configured" in outcome.stdout
+    assert "logged offline" in outcome.stdout
+    assert list(Path(str(settings["output_dir"])).glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_a_missing_tracker_is_named_with_its_extra(settings: Settings, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lacuna.config.files import check, merge_layers, read_layer
-from lacuna.config.trainers import FLAT as TRAINERS
 from lacuna.config.training import ALTERNATIVES, MAY_CHANGE_ON_RESUME, PretrainConfig, SFTConfig
+from lacuna.config.training import FLAT as TRAINERS
 from lacuna.errors import ConfigError
 from lacuna.runs.folder import write_config
 

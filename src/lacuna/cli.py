@@ -10,8 +10,7 @@ import click
 
 from lacuna import __version__
 from lacuna.config.files import Layer, did_you_mean, flag_name, flatten, read_layer
-from lacuna.config.layers import SET, load_finetune, parse_settings
-from lacuna.config.trainers import CONFIGS, FLAT, trainer_of
+from lacuna.config.training import FLAT
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.flags import FLAGS, config_files, config_options, resolve, shown
 
@@ -77,6 +76,8 @@ def finetune(
     files: tuple[str, ...], device: str | None, resume: str | None, words: tuple[str, ...], dry_run: bool, verbose: bool
 ) -> None:
     """LoRA and QLoRA: train an adapter on a frozen, or quantised, model."""
+    from lacuna.config.layers import load_finetune, parse_settings
+
     settings = parse_settings([*words, *([f"device={device}"] if device is not None else [])])
     if verbose:
         settings.setdefault("training.logging_steps", 1)
@@ -113,10 +114,13 @@ def merge(run_folder: str, output: str, verbose: bool) -> None:
 
 @lacuna.command(context_settings={**HELP, "ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [--SETTING VALUE]...")
-@click.option("--trainer", type=click.Choice([*CONFIGS]), help="Where no file says it by its `trainer` key.")
+@click.option("--trainer", type=click.Choice([*FLAT, "finetune"]), help="Where no file says it by its `trainer` key.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> None:
     """Print every setting of CONFIG..., and the file and line, flag or default that it came from."""
+    from lacuna.config.layers import load_finetune, parse_settings
+    from lacuna.config.trainers import CONFIGS, trainer_of
+
     first_flag = next((i for i, token in enumerate(arguments) if token.startswith("--")), len(arguments))
     files = [token.lstrip("@") for token in arguments[:first_flag] if token != "@"]
     if not files:
@@ -156,7 +160,7 @@ def print_settings(settings: Mapping[str, object], origins: Mapping[str, Layer])
 def _origin(name: str, origins: Mapping[str, Layer]) -> str:
     if name not in origins:
         return "default"
-    places = {FLAGS: flag_name(name), SET: f"{SET} {name}"}
+    places = {FLAGS: flag_name(name), "--set": f"--set {name}"}
     return places.get(origins[name].name) or origins[name].where(name)
 
 

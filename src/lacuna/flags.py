@@ -8,7 +8,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, without_subject
-from lacuna.config.trainers import CONFIGS, trainer_of
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 
@@ -89,6 +88,8 @@ def resolve(
     model: type[TrainingConfig], files: Sequence[str], flags: dict[str, str | None]
 ) -> tuple[TrainingConfig, dict[str, Layer]]:
     """Files under flags, later over earlier: the checked config, and the layer of each value that is no default."""
+    from lacuna.config.trainers import CONFIGS, trainer_of
+
     layers = [*(read_layer(file) for file in files), flag_layer(model, flags)]
     for layer in layers:
         wanted = trainer_of(layer.values)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lacuna.config.files import Layer, check, merge_layers, read_layer, set_flag
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import FLAT
+from lacuna.config.training import FLAT
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 

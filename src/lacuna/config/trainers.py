@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
+from lacuna.config.training import FLAT, TrainingConfig
 
-FLAT: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
-"""Those whose settings are flags too."""
 CONFIGS: dict[str, type[TrainingConfig] | type[FinetuneConfig]] = {**FLAT, "finetune": FinetuneConfig}
 
 

@@ -210,5 +210,9 @@ class SFTConfig(TrainingConfig):
     """What happens to conversations longer than sequence_length; they are counted and said."""
 
 
+FLAT: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
+"""Our own loop's configs, whose settings are flags too."""
+
+
 def _largest_divisor(number: int, limit: int) -> int:
     return next(candidate for candidate in range(min(number, limit), 0, -1) if number % candidate == 0)

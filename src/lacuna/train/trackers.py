@@ -57,6 +57,7 @@ def _wandb(config: TrainingConfig, folder: Path, settings: Mapping[str, Any]) ->
             id=run_id,
             resume="allow",
             dir=folder,
+            mode="offline" if os.environ.get("WANDB_MODE") == "offline" else None,
             config=dict(settings),
         )
     except wandb.errors.Error as error:

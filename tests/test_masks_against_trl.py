@@ -106,32 +106,16 @@ CONVERSATIONS = {
     "lines": dialogue("q\n\nr", "first\n\n\n  code:\n", "q2", "second\n\n"),
 }
 
-COHERE2_ENDS_EARLY = (
-    "bug: end_of_turn is the first control token after the words, which is <|END_RESPONSE|>; generation stops at the "
-    "<|END_OF_TURN_TOKEN|> after it, which is never learned"
-)
-THOUGHT_CUT_OFF = (
-    "bug: where the prompt opens a thought that earlier turns do not have, the last turn too is found by its words "
-    "and not by its prompt: closing the thought is learned in conversations of one turn and not in longer ones"
-)
-SEVERAL_BLOCKS = "bug: a turn that the template marks in several generation blocks is 'assistant's words not found'"
 
-
-def xfail(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-def cases(broken: Mapping[str, str]) -> list[Any]:
-    """Every pair with every conversation that it accepts. broken: name → why it is expected to fail."""
+def cases() -> list[Any]:
+    """Every pair with every conversation that it accepts."""
     found = []
     for name, pair in PAIRS.items():
         for title, messages in CONVERSATIONS.items():
             turns = sum(message["role"] == "assistant" for message in messages)
             if (title == "system" and not pair.takes_system) or (name == "gptoss" and turns > 1):
                 continue  # each has its own test
-            reason = broken.get(name)
-            holds = reason is None or (reason == THOUGHT_CUT_OFF and turns == 1)
-            found.append(pytest.param(name, title, id=f"{name}-{title}", marks=[] if holds else [xfail(str(reason))]))
+            found.append(pytest.param(name, title, id=f"{name}-{title}"))
     return found
 
 
@@ -233,7 +217,7 @@ def test_every_template_that_trl_prepared_is_compared_or_left_out_by_name() -> N
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    cases({"cohere2": COHERE2_ENDS_EARLY, "qwen3_5_think": THOUGHT_CUT_OFF, "qwen3_6": THOUGHT_CUT_OFF}),
+    cases(),
 )
 def test_we_learn_what_trl_learns_but_for_the_stated_differences(name: str, title: str) -> None:
     """From the model's own template, without marks: equal tokens and masks, or TRL's are ours and what PAIRS says."""
@@ -260,7 +244,7 @@ def test_we_learn_what_trl_learns_but_for_the_stated_differences(name: str, titl
             assert theirs.supervised.tolist() == widened(subject, ours, pair.before, after)
 
 
-@pytest.mark.parametrize(("name", "title"), cases({"qwen3_5_think": THOUGHT_CUT_OFF, "qwen3_6": THOUGHT_CUT_OFF}))
+@pytest.mark.parametrize(("name", "title"), cases())
 def test_our_mask_begins_where_the_generation_prompt_ends(name: str, title: str) -> None:
     """So what TRL learns before it, the model never has to say."""
     subject, pair, messages = own(name), PAIRS[name], CONVERSATIONS[title]
@@ -278,14 +262,7 @@ def test_our_mask_begins_where_the_generation_prompt_ends(name: str, title: str)
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    cases(
-        {
-            "cohere2": COHERE2_ENDS_EARLY,
-            "diffusion_gemma": SEVERAL_BLOCKS,
-            "phi3": SEVERAL_BLOCKS,
-            "phi3_5": SEVERAL_BLOCKS,
-        }
-    ),
+    cases(),
 )
 def test_with_trls_own_marks_we_learn_what_is_marked_up_to_the_end_of_turn(name: str, title: str) -> None:
     """--chat-template with TRL's copy: the same tokens and the same start; nothing after the end of turn."""
@@ -377,8 +354,15 @@ def test_a_thought_that_the_prompt_opens_is_learned_from_there(name: str) -> Non
     assert ours.tokens.tolist() == theirs.tokens.tolist()
 
 
-@xfail("bug: where the prompt opens a thought, conversations of several turns with thoughts are refused")
-@pytest.mark.parametrize("name", PROMPTS_TO_THINK)
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "nemotron_3_ultra"])
+def test_thoughts_that_earlier_turns_get_emptied_are_refused_by_name(name: str) -> None:
+    """The template writes `<think></think>` into earlier turns, which nobody said and which no prompt supplies."""
+    found = result(own(name), THOUGHTS)
+    assert isinstance(found, Unusable)
+    assert found.kind == "assistant's words not found"
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_6"])
 def test_the_last_turns_thought_is_learned_also_after_others(name: str) -> None:
     """As with Qwen 3: what the template leaves of earlier turns, and all of the last one from the prompt on."""
     subject = own(name)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, cast
 
 import jinja2
@@ -88,29 +88,51 @@ class Renderer:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The token that the template writes after an assistant's words, such as <|im_end|>.
+        """What the template writes after an assistant's words, such as <|im_end|>: one control token or several.
 
         Raises ModelError where it writes none: the model would never learn to stop.
         """
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL.format(0)}]
-        after = self.render(probe).partition(SENTINEL.format(0))[2]
-        found = self._control_pattern.search(after)
-        if found is None:
+        last, between = self._ends_of_a_turn
+        if not last:
             raise ModelError(
                 "the chat template writes no end-of-turn token after the assistant's words, so the model would never "
                 "learn to stop: pass another one with --chat-template"
             )
-        return found[0]
+        shared = [
+            token for token, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))
+        ]
+        return "".join(shared or last[:1])
+
+    @cached_property
+    def stop_token(self) -> str:
+        """The token after which generation stops: the last of end_of_turn."""
+        return str(self._control_pattern.findall(self.end_of_turn)[-1])
 
     @cached_property
     def ends_earlier_turns(self) -> bool:
-        """Whether the template writes the same end-of-turn token before a further message."""
+        """Whether the template writes the same end of a turn before a further message."""
+        return "".join(self._ends_of_a_turn[1]).startswith(self.end_of_turn)
+
+    @cached_property
+    def _ends_of_a_turn(self) -> tuple[list[str], list[str]]:
+        """The control tokens, one right after the other, behind the last reply and behind an earlier one."""
         texts = ["question", SENTINEL.format(0), SENTINEL.format(1)]
         roles = ["user", "assistant", "user"]
         probe = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-        between = self.render(probe).partition(texts[1])[2].partition(texts[2])[0]
-        found = self._control_pattern.search(between)
-        return found is not None and found[0] == self.end_of_turn
+        last = self.render(probe[:2]).partition(texts[1])[2]
+        try:
+            between = self.render(probe).partition(texts[1])[2].partition(texts[2])[0]
+        except jinja2.TemplateError:
+            between = ""
+        return self._adjacent_control_tokens(last), self._adjacent_control_tokens(between)
+
+    def _adjacent_control_tokens(self, text: str) -> list[str]:
+        tokens: list[str] = []
+        found = self._control_pattern.search(text)
+        while found is not None and found[0]:
+            tokens.append(found[0])
+            found = self._control_pattern.match(text, found.end())
+        return tokens
 
     @cached_property
     def encodes_in_parts(self) -> bool:
@@ -214,24 +236,49 @@ class Renderer:
             **cast(dict[str, Any], self.tokenizer.special_tokens_map),
         )
         (text,), (marked,) = rendered
-        said = [(start, text[start:end].rstrip(), end) for start, end in marked if end > start]
-        return [(start, start + len(words) if words.endswith(self.end_of_turn) else end) for start, words, end in said]
+        turns: Spans = []
+        for start, end in marked:
+            if turns and start == turns[-1][1]:
+                turns[-1] = (turns[-1][0], end)
+            elif end > start:
+                turns.append((start, end))
+        return [(start, self._without_what_follows(text, start, end)) for start, end in turns]
+
+    def _without_what_follows(self, text: str, start: int, end: int) -> int:
+        """The end of the last end-of-turn in a span, where only white space and control tokens are behind it."""
+        said = text.rfind(self.end_of_turn, start, end)
+        cut = said + len(self.end_of_turn)
+        return cut if said >= 0 and not self._control_pattern.sub("", text[cut:end]).strip() else end
 
     def _spans_after_prompts(self, text: str, conversation: Conversation) -> Spans | None:
-        """Each turn starts where the text so far plus the generation prompt ends; None where the text differs."""
+        """Each turn starts where the text so far plus the generation prompt ends, or where the text leaves a prompt
+        that goes on with a thought, which templates leave out of earlier turns; None where it says something else."""
         spans = []
         for index, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
             if index == 0:
                 return None
-            before = self.render(conversation.messages[:index], conversation.tools, prompt=True)
-            if not text.startswith(before):
-                return None
+            prompt = self.render(conversation.messages[:index], conversation.tools, prompt=True)
+            start = len(prompt)
+            if not text.startswith(prompt):
+                header = len(self.render(conversation.messages[:index], conversation.tools))
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
+                start = self._end_of_header(text[:same], header)
             longest = len(self.render(conversation.messages[: index + 1], conversation.tools))
-            end = text.find(self.end_of_turn, len(before), longest)
-            spans.append((len(before), end + len(self.end_of_turn) if end >= 0 else len(before)))
+            end = text.find(self.end_of_turn, start, longest)
+            words, content = text[start : max(end, start)].strip(), message["content"].strip()
+            is_last = index == len(conversation.messages) - 1
+            if not text.startswith(prompt) and not (words == content if is_last else words and content.endswith(words)):
+                return None
+            spans.append((start, end + len(self.end_of_turn) if end >= 0 else start))
         return spans
+
+    def _end_of_header(self, shared: str, header: int) -> int:
+        """Where the header that begins at `header` ends: behind the last line break or control token that text and
+        generation prompt share."""
+        ends = [found.end() for found in self._control_pattern.finditer(shared, header) if found[0]]
+        return max([*ends, shared.rfind("\n", header) + 1])
 
     def _spans_of_contents(self, text: str, conversation: Conversation) -> Spans | None:
         """For templates that write earlier turns otherwise: find where each turn's words stand among the others'."""

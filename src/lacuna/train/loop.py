@@ -263,7 +263,7 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
         checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype)
     prepare_blocks(causal_lm, checkpointing, execution.compile)
     if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
-        stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.end_of_turn)
+        stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.stop_token)
     parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     console.print(
         f"{type(causal_lm).__name__}: {parameters:,} parameters on {execution.device.name}, "

@@ -316,9 +316,9 @@ def _enlarge_hidden_states(_: nn.Module, __: Any, output: Any) -> Any:
     return output
 
 
-def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str) -> None:
+def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token: str) -> None:
     """Make generation end where the assistant's turn ends, also where that is not the tokenizer's end of sequence."""
     before = model.generation_config.eos_token_id
     known = [before] if isinstance(before, int) else list(before or [])
-    wanted = [tokenizer.convert_tokens_to_ids(end_of_turn), tokenizer.eos_token_id]
+    wanted = [tokenizer.convert_tokens_to_ids(stop_token), tokenizer.eos_token_id]
     model.generation_config.eos_token_id = list(dict.fromkeys(token for token in wanted + known if token is not None))

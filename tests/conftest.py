@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-COMMANDS = {"lacuna": cli.main, "pretrain": cli.main_pretrain, "sft": cli.main_sft}
+COMMANDS = {"lacuna": cli.main, "pretrain": cli.main_pretrain, "sft": cli.main_sft, "finetune": cli.main_finetune}
 SCRIPTS = Path(sys.executable).parent
 
 

@@ -104,15 +104,19 @@ def count_steps(flat: SFTConfig, samples: int) -> int:
 
 
 def resolve_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, str]:
-    """The config with its run folder, and what SFTConfig calls resume. Raises RunError: nothing to resume there."""
+    """The config with its run folder, and what SFTConfig calls resume. Raises RunError: nothing to resume there.
+
+    A run goes on in its own folder; a checkpoint in training.output_dir, which may be another one.
+    """
     given = config.training.output_dir
     if resume is not None and resume != "auto":
         path = Path(resume)
         is_checkpoint, is_run = (path / "manifest.json").is_file(), (path / "status.json").is_file()
         if not is_checkpoint and not is_run:
             raise RunError(f"--resume {resume}: neither a run folder nor a checkpoint of one")
-        folder = path.parent.parent if is_checkpoint else path
-        return config.with_output_dir(given or str(folder)), resume if is_checkpoint else "auto"
+        if is_checkpoint:
+            return config.with_output_dir(given or str(path.parent.parent)), resume
+        return config.with_output_dir(resume), "auto"
     if given is not None:
         return config, "auto"
     pattern = Path(default_output_dir(config.model.path, "*"))

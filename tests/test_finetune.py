@@ -1,0 +1,396 @@
+"""finetune, by the real command on real tiny models: what it trains, what it leaves, and resuming to the bit."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from conftest import Outcome, Run, spawn
+from fixtures import WORDS, make_model, make_tokenizer, write_chat
+from lacuna.data.chat import Renderer, Sample
+from lacuna.data.formats import Conversation
+from lacuna.data.loader import row_order
+from lacuna.data.packing import pack
+from test_chat import CHATML_MARKED, MISTRAL
+
+peft = pytest.importorskip("peft", reason="lacuna[finetune]")
+trainer = pytest.importorskip("lacuna.finetune.trainer")
+
+METHODS = {
+    "lora": [],
+    "qlora": ["training.method=qlora"],
+    "qlora 8 bit": ["training.method=qlora", "training.quantization_bits=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for bitsandbytes, which quantises 64 weights at a time, and with a head as sure as a trained one's:
+    it is frozen, and logits near zero could not be moved."""
+    folder = make_model(tmp_path_factory.mktemp("base") / "tiny", hidden=64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_output_embeddings().weight.data.mul_(20)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_lookups(path: Path, rows: int = 160) -> Path:
+    """Each word has one answer: held-out rows can be learnt."""
+    generator = random.Random(0)
+    answers = dict(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
+    with path.open("w") as file:
+        for _ in range(rows):
+            word = generator.choice(WORDS)
+            turns = [("user", f"after {word}"), ("assistant", answers[word])]
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, base, write_lookups(tmp_path / "data.jsonl"))
+
+
+def write_config(folder: Path, model: Path, data: Path) -> Path:
+    text = {
+        "model": {"path": str(model)},
+        "dataset": {"path": str(data)},
+        "training": {
+            "output_dir": str(folder / "run"), "max_steps": 8, "learning_rate": 1e-2, "lora_r": 4, "logging_steps": 1,
+            "sequence_length": 128, "save_steps": 4,
+        },
+        "device": "cpu",
+    }  # fmt: skip
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(text))
+    return path
+
+
+def words(config: Path, *settings: str) -> list[str]:
+    return ["--config", str(config), *(word for setting in settings for word in ("--set", setting))]
+
+
+def must(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.output
+    return outcome.output
+
+
+def metrics(folder: Path, name: str = "loss") -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "final" / "adapter_model.safetensors").read_bytes()
+
+
+def digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def plain_loss(model: Any, renderer: Renderer, path: Path, chosen: list[int]) -> float:
+    """Mean loss per supervised token by the model's own logits, one conversation at a time."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    total, count = 0.0, 0
+    for index in chosen:
+        (sample,) = renderer.conversations([Conversation(rows[index]["messages"], None, "x")])
+        assert isinstance(sample, Sample)
+        tokens = torch.from_numpy(sample.tokens).long()
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:], reduction="none")
+        mask = torch.from_numpy(sample.supervised[1:])
+        total, count = total + float(losses[mask].sum()), count + int(mask.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_and_moves_the_adapter_only(method: str, run: Run, config: Path, base: Path, tmp_path: Path) -> None:
+    before = digest(base)
+    more = ["training.max_steps=30", "training.learning_rate=3e-2", "training.save_steps=30"]
+    output = must(run("finetune", *words(config, *METHODS[method], *more)))
+    folder = tmp_path / "run"
+    losses = metrics(folder, "validation_loss")
+    assert losses[30] < 0.5 * losses[0]
+    assert digest(base) == before
+    (checkpoint,) = folder.glob("checkpoints/step-00000030/*.safetensors")
+    weights = [name for name in load_file(checkpoint) if name.startswith("model.")]
+    assert weights
+    assert all(".lora_A." in name or ".lora_B." in name for name in weights)
+    assert sorted(path.name for path in (folder / "final").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    final = load_file(folder / "final/adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in final.values())
+    assert "adapter on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in output
+
+
+def test_plain_peft_gives_the_loss_that_was_measured(run: Run, config: Path, base: Path, tmp_path: Path) -> None:
+    """The validation loss of the log, from base and adapter as anybody would load them."""
+    held_out = write_lookups(tmp_path / "held_out.jsonl", 12)
+    must(run("finetune", *words(config, f"dataset.validation_path={held_out}")))
+    folder = tmp_path / "run"
+    renderer = Renderer(AutoTokenizer.from_pretrained(folder / "final"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert plain_loss(model, renderer, held_out, list(range(12))) == pytest.approx(
+        metrics(folder, "validation_loss")[0], rel=1e-5
+    )
+    adapted = peft.PeftModel.from_pretrained(model, folder / "final")
+    assert plain_loss(adapted, renderer, held_out, list(range(12))) == pytest.approx(
+        metrics(folder, "validation_loss")[8], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_and_resumed_is_the_undisturbed_one_to_the_bit(method: str, config: Path, tmp_path: Path) -> None:
+    """20 steps against 10, kill -9, and the rest: with dropout, over the end of an epoch, saved amid the steps."""
+    more = [*METHODS[method], "training.max_steps=20", "training.save_steps=5", "training.lora_dropout=0.1"]
+    for name in ("straight", "killed"):
+        process = spawn("finetune", *words(config, *more, f"training.output_dir={tmp_path / name}"))
+        if name == "killed":
+            process.wait_until((tmp_path / name / "checkpoints/step-00000010").exists)
+            process.stop(signal.SIGKILL)
+            assert not (tmp_path / name / "final").exists()
+            process = spawn("finetune", *words(config, *more), "--resume", tmp_path / name)
+        output = process.wait()
+        assert process.popen.returncode == 0, output
+    assert "resuming from" in output
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+    assert metrics(tmp_path / "killed", "validation_loss") == metrics(tmp_path / "straight", "validation_loss")
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "straight")
+
+
+def test_a_cut_off_checkpoint_is_not_picked_up(run: Run, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    must(run("finetune", *words(config, "training.keep_last=3", "training.save_steps=2")))
+    finished = adapter_bytes(folder)
+    shutil.rmtree(folder / "final")
+    (newest,) = folder.glob("checkpoints/step-00000008/*.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (folder / "checkpoints" / ".step-00000009.partial").mkdir()
+    output = must(run("finetune", *words(config, "training.keep_last=3", "training.save_steps=2")))
+    assert "step-00000008 is damaged" in output
+    assert "resuming from" in output
+    assert "step-00000006" in output
+    assert adapter_bytes(folder) == finished
+
+
+def test_a_signal_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = words(config, "training.max_steps=400", "training.save_steps=1000")
+    process = spawn("finetune", *more)
+    process.wait_until(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 3)
+    output = process.stop(signal.SIGTERM)
+    assert process.popen.returncode == 128 + signal.SIGTERM
+    assert "which is saved; go on with: " in output
+    assert f"--resume {folder}" in output
+    assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
+    step = json.loads((folder / "status.json").read_text())["step"]
+    assert (folder / f"checkpoints/step-{len(metrics(folder)):08d}/manifest.json").is_file(), step
+
+
+def test_a_finished_run_stays_as_it_is(run: Run, config: Path, tmp_path: Path) -> None:
+    must(run("finetune", *words(config)))
+    before = digest(tmp_path / "run" / "final")
+    assert "already finished" in must(run("finetune", *words(config)))
+    assert digest(tmp_path / "run" / "final") == before
+
+
+def test_the_best_three_and_the_newest_are_kept(run: Run, config: Path, tmp_path: Path) -> None:
+    """A learning rate that is far too high at first: the losses rise and fall."""
+    more = ["training.max_steps=12", "training.save_steps=1", "training.learning_rate=0.3"]
+    more.append("training.final_weights=best")
+    output = must(run("finetune", *words(config, *more)))
+    folder = tmp_path / "run"
+    losses = metrics(folder, "validation_loss")
+    del losses[0]
+    best = sorted(losses, key=lambda step: losses[step])[:3]
+    kept = {int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")}
+    assert kept == {*best, 12}
+    assert f"final weights: {folder}/checkpoints/step-{best[0]:08d}" in output
+
+
+def test_packing_changes_no_loss(run: Run, config: Path, tmp_path: Path) -> None:
+    """The samples of a step share rows or not; the loss of each step is the same."""
+    losses = []
+    for packing in ("true", "false"):
+        folder = tmp_path / packing
+        more = [f"training.packing={packing}", "training.lora_dropout=0", f"training.output_dir={folder}"]
+        must(run("finetune", *words(config, *more)))
+        losses.append(list(metrics(folder).values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_how_a_batch_is_made_up_changes_no_loss(run: Run, config: Path, tmp_path: Path) -> None:
+    losses = []
+    for rows, steps in ((8, 1), (1, 8)):
+        folder = tmp_path / str(rows)
+        more = [f"training.batch_size={rows}", f"training.gradient_accumulation_steps={steps}"]
+        must(run("finetune", *words(config, *more, "training.lora_dropout=0", f"training.output_dir={folder}")))
+        losses.append(list(metrics(folder).values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_processes_are_one(config: Path, tmp_path: Path) -> None:
+    """By torchrun and TRL's own accelerate: the same losses, also where the last step has too few samples for both."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(data.read_text().splitlines()[:19]) + "\n")
+    shared = ["training.lora_dropout=0", "training.max_steps=null", "training.num_epochs=1", "training.batch_size=2"]
+    losses = []
+    for processes, accumulation in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        more = [f"training.gradient_accumulation_steps={accumulation}", f"training.output_dir={folder}"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "lacuna"]
+        command = [sys.executable, *launch, "finetune", *words(config, *shared, *more)]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        assert outcome.stdout.count("schema chat") == 1
+        losses.append([*metrics(folder).values(), *metrics(folder, "validation_loss").values()])
+    assert len(losses[0]) == 3 + 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_mistral_style_template_trains_on_the_answers(run: Run, base: Path, tmp_path: Path) -> None:
+    """TRL refuses it: it has no marked copy of this template."""
+    model = tmp_path / "mistral"
+    shutil.copytree(base, model)
+    tokenizer = make_tokenizer(MISTRAL, bos=True)
+    tokenizer.save_pretrained(model)
+    data = write_lookups(tmp_path / "data.jsonl")
+    more = ["training.max_steps=30", "training.learning_rate=3e-2", "training.save_steps=30"]
+    must(run("finetune", *words(write_config(tmp_path, model, data), *more)))
+    losses = metrics(tmp_path / "run", "validation_loss")
+    assert losses[30] < 0.5 * losses[0]
+    sample = json.loads(data.read_text().splitlines()[0])["messages"]
+    (rendered,) = Renderer(tokenizer).conversations([Conversation(sample, None, "x")])
+    assert isinstance(rendered, Sample)
+    learned = tokenizer.decode(rendered.tokens[rendered.supervised])
+    assert learned.strip() == sample[1]["content"] + str(tokenizer.eos_token)
+
+
+def test_gpt2s_layers_are_found(run: Run, tmp_path: Path) -> None:
+    """They are no torch.nn.Linear and have other names."""
+    torch.manual_seed(0)
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=256, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    config = write_config(tmp_path, folder, write_lookups(tmp_path / "data.jsonl"))
+    assert "adapter on c_attn, c_fc, c_proj" in must(run("finetune", *words(config)))
+    losses = metrics(tmp_path / "run")
+    assert losses[8] < losses[1]
+
+
+def test_the_run_folder_tells_what_was_done(run: Run, config: Path, tmp_path: Path) -> None:
+    output = must(run("finetune", *words(config, "training.num_epochs=2", "training.max_steps=null")))
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
+        "config.toml", "provenance.json", "status.json", "metrics.jsonl", "checkpoints", "final",
+    }  # fmt: skip
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    (start,) = json.loads((folder / "provenance.json").read_text())["starts"]
+    assert {"peft", "trl", "bitsandbytes", "accelerate", "torch"} <= start["packages"].keys()
+    left = {path.name for path in (folder / "final").iterdir()}
+    assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= left
+    assert "Epoch 1/2: [" in output
+    assert "Epoch 2/2: [█████████████████] 100% | Loss: " in output
+    steps = metrics(folder, "tokens")
+    assert len(steps) == 18
+    assert all(later > earlier for earlier, later in zip(steps.values(), list(steps.values())[1:], strict=False))
+
+
+def test_the_config_in_the_run_folder_is_the_run(run: Run, config: Path, tmp_path: Path) -> None:
+    must(run("finetune", *words(config, "training.lora_alpha=8")))
+    again = tmp_path / "again"
+    must(run("finetune", *words(tmp_path / "run" / "config.toml", f"training.output_dir={again}")))
+    assert adapter_bytes(again) == adapter_bytes(tmp_path / "run")
+
+
+def test_another_seed_is_another_run(run: Run, config: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        must(run("finetune", *words(config, f"training.seed={seed}", f"training.output_dir={tmp_path / str(seed)}")))
+    first, second = (load_file(tmp_path / name / "final/adapter_model.safetensors") for name in "12")
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_merged_model_says_what_base_and_adapter_say(
+    method: str, run: Run, config: Path, base: Path, tmp_path: Path
+) -> None:
+    must(run("finetune", *words(config, *METHODS[method])))
+    merged = tmp_path / "merged"
+    output = must(run("lacuna", "merge", tmp_path / "run", output=merged))
+    assert "its logits differ from base plus adapter by" in output
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "final")
+    ids = torch.arange(20)[None] * 13 % 400
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids).logits for model in (adapted, load(merged)))
+        plain = load(base)(input_ids=ids).logits
+    assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert float((plain - found).abs().max()) > 1e-2 * float(expected.abs().max())
+    assert AutoTokenizer.from_pretrained(merged).chat_template
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 6), st.booleans())
+def test_every_sample_of_a_step_is_laid_out_once(lengths: list[int], rows: int, packing: bool) -> None:
+    samples = [Sample(np.full(n, i, dtype=np.int32), np.ones(n, dtype=np.bool_)) for i, n in enumerate(lengths)]
+    passes = trainer.lay_out(samples, rows, packing)
+    placed = [int(sample.tokens[0]) for one in passes for row in one for sample in row]
+    assert sorted(placed) == list(range(len(lengths)))
+    assert all(len(one) <= rows for one in passes)
+    assert all(sum(len(sample.tokens) for sample in row) <= max(lengths) for one in passes for row in one)
+    expected = len(set(pack(np.array(lengths), max(lengths)).tolist())) if packing else len(lengths)
+    assert sum(len(one) for one in passes) == expected
+
+
+def bare_trl(model: Path, data: Path, folder: Path, order: list[int], batch: int) -> list[float]:
+    """Losses of SFTTrainer, padded and with assistant-only loss, on the rows in this order."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    arguments = SFTConfig(
+        output_dir=str(folder), max_steps=len(order) // batch, per_device_train_batch_size=batch, learning_rate=1e-2,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, logging_steps=1, max_length=128, bf16=False,
+        use_cpu=True, gradient_checkpointing=False, assistant_only_loss=True, report_to="none", save_strategy="no",
+        train_sampling_strategy="sequential", disable_tqdm=True, seed=42,
+    )  # fmt: skip
+    adapter = peft.LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    bare = SFTTrainer(
+        model=str(model), args=arguments, peft_config=adapter, train_dataset=Dataset.from_list([rows[i] for i in order])
+    )
+    bare.train()
+    return [line["loss"] for line in bare.state.log_history if "loss" in line]
+
+
+def test_the_losses_are_bare_trls(run: Run, base: Path, tmp_path: Path) -> None:
+    """On the same rows in the same order, with the same adapter drawn from the seed: padded there, packed here."""
+    model = tmp_path / "marked"
+    shutil.copytree(base, model)
+    make_tokenizer(CHATML_MARKED).save_pretrained(model)
+    data = write_chat(tmp_path / "chat.jsonl", 48)
+    theirs = bare_trl(model, data, tmp_path / "trl", row_order(42, 0, 48).tolist(), batch=8)
+    more = [
+        "training.batch_size=8", "training.gradient_accumulation_steps=1", "training.lora_dropout=0",
+        "training.scheduler=constant", "training.warmup_steps=0", "training.weight_decay=0", "training.lora_alpha=32",
+        "training.max_steps=6", "dataset.validation_share=0",
+    ]  # fmt: skip
+    must(run("finetune", *words(write_config(tmp_path, model, data), *more)))
+    ours = list(metrics(tmp_path / "run").values())
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < ours[0] - 0.05

@@ -42,4 +42,5 @@ coverage: install torchtune
 bench: install torchtune
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/generate.py

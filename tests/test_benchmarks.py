@@ -20,6 +20,16 @@ def test_training_step_compares_the_same_work(case: str) -> None:
     assert all(float(cell.strip(" |")) > 0 for cell in row[2:])
 
 
+def test_finetune_and_bare_trl_have_the_same_losses() -> None:
+    """It ends with an error where they differ by more than 1e-4."""
+    words = [sys.executable, str(BENCHMARKS / "finetune.py"), "--rounds", "1", "--steps", "2", "--precision", "fp32"]
+    outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in outcome.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows[:2]] == ["lacuna", "TRL, its default"]
+    assert all(float(row[2]) > 0 for row in rows)
+
+
 def test_loss_memory_is_far_below_the_plain_loss() -> None:
     words = [sys.executable, str(BENCHMARKS / "loss_memory.py")]
     outcome = subprocess.run(words, capture_output=True, text=True, check=True)

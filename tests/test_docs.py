@@ -13,6 +13,7 @@ import pytest
 from conftest import SCRIPTS
 from fixtures import write_chat
 from hub_server import serve
+from lacuna.platform import memory
 from test_hub import write_qwen
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,15 @@ RUN_ELSEWHERE = {
     "make torchtune && lacuna recipes llama3_2/1B": "test_experiment_docs.py",
     "lacuna generate examples/lora_rank.yaml --paths skip": "test_experiment_docs.py",
     "lacuna generate examples/learning_rate.yaml --output configs/learning_rate --paths skip": "the same",
+    "torchrun --nproc-per-node 2 -m lacuna finetune --config configs/finetune.yaml": "test_finetune.py, a tiny model",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
+}
+DRY_RUNS = {
+    "finetune --config configs/training_config_h100.yaml --dry-run": "4096",
+    "finetune --config configs/training_config_m4.yaml --dry-run": "2048",
+    "finetune --config configs/training_config_h100.yaml --config configs/training_config_m4.yaml "
+    "--set training.lora_r=32 --dry-run": "2048",
 }
 pytestmark = pytest.mark.xdist_group("quickstart")
 
@@ -110,6 +118,9 @@ def test_every_command_is_run_somewhere() -> None:
         "sft @ configs/sft_qwen.toml --dataset my_chats.jsonl",
         "lacuna explain configs/sft_qwen.toml --learning-rate 1e-4",
         "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short",
+        "finetune --config examples/quickstart/finetune.yaml",
+        "lacuna merge runs/quickstart/qlora --output runs/quickstart/merged",
+        *DRY_RUNS,
     }
     assert set(commands()) == tested_here | RUN_ELSEWHERE.keys()
 
@@ -133,6 +144,58 @@ def test_the_short_run_of_the_data_page(quickstart: tuple[Path, str]) -> None:
     (shown,) = [block for block in blocks("") if "schema chat" in block]
     assert shown.strip() in printed
     assert (folder / "runs" / "short" / "final").is_dir()
+
+
+@pytest.fixture(scope="module")
+def adapter(quickstart: tuple[Path, str]) -> tuple[Path, str]:
+    folder, _ = quickstart
+    return folder, call("finetune --config examples/quickstart/finetune.yaml", folder)
+
+
+def test_the_quickstarts_model_learns_by_an_adapter(adapter: tuple[Path, str]) -> None:
+    folder, printed = adapter
+    loss = re.search(r"^validation loss: (\d+\.\d+) \(before: (\d+\.\d+)\)$", printed, re.MULTILINE)
+    assert loss is not None
+    assert float(loss[1]) < 0.5 * float(loss[2])
+    merged = call("lacuna merge runs/quickstart/qlora --output runs/quickstart/merged", folder)
+    assert "its logits differ from base plus adapter by" in merged
+    assert (folder / "runs/quickstart/merged/model.safetensors").is_file()
+
+
+def test_the_python_of_the_finetune_page_runs(adapter: tuple[Path, str]) -> None:
+    folder, _ = adapter
+    text = (folder / "docs" / "finetune.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        call(f"python - <<'END'\n{snippet}\nEND", folder)
+
+
+@pytest.mark.parametrize("command", DRY_RUNS)
+def test_the_presets_say_what_they_would_do_and_what_is_missing(command: str, checkout: Path) -> None:
+    printed = call(command, checkout)
+    settings = {
+        line.split()[0]: line.split()[1] for line in printed.splitlines() if line[:1].isalpha() and "  " in line
+    }
+    assert settings["training.sequence_length"] == DRY_RUNS[command]
+    assert settings["training.lora_r"] == ("32" if "--set" in command else "16")
+    assert "would stop: model.path mistralai/Mistral-7B-Instruct-v0.3" in printed
+    assert "hf download mistralai/Mistral-7B-Instruct-v0.3" in printed
+    assert "would stop: data/processed/train.jsonl: no such file" in printed
+
+
+def test_the_memory_table_is_the_formulas() -> None:
+    shape = memory.Shape(4096, 32, 14336, 4096, 1024, 32768, tied=False)
+    lines = (ROOT / "docs" / "qlora.md").read_text().splitlines()
+    rows = [line.strip("|").split("|") for line in lines if re.search(r"\| (\*\*)?q?lora", line)]
+    assert len(rows) == 9
+    for row in rows:
+        _, method, length, batch, checkpointing, frozen, activations, everything = (cell.strip(" *") for cell in row)
+        bits = 4 if method == "qlora" else 16
+        step = memory.Step(int(batch), int(length), bits, 16, checkpointing == "yes", bf16=True)
+        parts = memory.step_memory(shape, step)
+        found = [parts["frozen weights"], parts["activations"], sum(parts.values())]
+        assert [f"{size / memory.GIB:.1f}" for size in found] == [frozen, activations, everything]
 
 
 def test_the_errors_that_the_readme_shows(tmp_path: Path) -> None:

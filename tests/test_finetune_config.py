@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def problems_of(*files: Path, **settings: Any) -> list[str]:
     return error.value.problems
 
 
-def set_words(settings: dict[str, object]) -> list[str]:
+def set_words(settings: Mapping[str, object]) -> list[str]:
     """`{"training.lora_r": 8}` → `--set training.lora_r=8`."""
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 

@@ -8,10 +8,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -213,7 +212,7 @@ def before() -> dict[str, Seen]:
 
 
 @pytest.fixture
-def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for path in workshop.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -267,7 +266,7 @@ def test_which_optimizer(wanted: str, method: str, on_cuda: str, place: Path) ->
     config = load_config("base.json.yaml", settings=settings)
     assert optimizer_name(config, "cuda") == on_cuda
     assert [optimizer_name(config, device) for device in ("cpu", "mps")] == ["adamw", "adamw"]
-    made = make_adapter_optimizer(config, config.as_sft(), torch.nn.Linear(4, 4), "cuda")
+    made = make_adapter_optimizer(config, config.as_sft(), cast(Any, torch.nn.Linear(4, 4)), "cuda")
     assert type(made).__name__ == {"adamw": "AdamW", "paged_adamw_32bit": "PagedAdamW32bit"}[on_cuda]
     assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
     assert {group["lr"] for group in made.param_groups} == {1e-2}

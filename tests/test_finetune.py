@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lacuna.data.packing import pack
 from test_chat import CHATML_MARKED, MISTRAL
 
 peft = pytest.importorskip("peft", reason="lacuna[finetune]")
-trainer = pytest.importorskip("lacuna.finetune.trainer")
+steps = pytest.importorskip("lacuna.finetune.steps")
 
 METHODS = {
     "lora": [],
@@ -305,9 +306,9 @@ def test_the_run_folder_tells_what_was_done(run: Run, config: Path, tmp_path: Pa
     assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= left
     assert "Epoch 1/2: [" in output
     assert "Epoch 2/2: [█████████████████] 100% | Loss: " in output
-    steps = metrics(folder, "tokens")
-    assert len(steps) == 18
-    assert all(later > earlier for earlier, later in zip(steps.values(), list(steps.values())[1:], strict=False))
+    tokens = list(metrics(folder, "tokens").values())
+    assert len(tokens) == 18
+    assert all(later > earlier for earlier, later in pairwise(tokens))
 
 
 def test_the_config_in_the_run_folder_is_the_run(run: Run, config: Path, tmp_path: Path) -> None:
@@ -349,7 +350,7 @@ def load(folder: Path) -> Any:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 6), st.booleans())
 def test_every_sample_of_a_step_is_laid_out_once(lengths: list[int], rows: int, packing: bool) -> None:
     samples = [Sample(np.full(n, i, dtype=np.int32), np.ones(n, dtype=np.bool_)) for i, n in enumerate(lengths)]
-    passes = trainer.lay_out(samples, rows, packing)
+    passes = steps.lay_out(samples, rows, packing)
     placed = [int(sample.tokens[0]) for one in passes for row in one for sample in row]
     assert sorted(placed) == list(range(len(lengths)))
     assert all(len(one) <= rows for one in passes)

@@ -78,9 +78,11 @@ def finetune(
     """LoRA and QLoRA: train an adapter on a frozen, or quantised, model."""
     from lacuna.config.layers import load_finetune, parse_settings
 
-    settings = parse_settings([*words, *([f"device={device}"] if device is not None else [])])
-    if verbose:
-        settings.setdefault("training.logging_steps", 1)
+    settings = parse_settings(words)
+    if device is not None and "device" in settings:
+        raise ConfigError("--device and --set device are both given: keep one of them")
+    if device is not None:
+        settings["device"] = device
     config, origins = load_finetune(files, settings)
     if dry_run:
         print_settings(dict(flatten(config.model_dump())), origins)
@@ -94,9 +96,9 @@ def finetune(
     except ModuleNotFoundError as error:
         raise MissingExtraError("finetune", error.name or "trl") from error
     if dry_run:
-        check_only(config)
+        check_only(config, resume)
     else:
-        train(config, resume, [*sys.argv])
+        train(config, resume, verbose, [*sys.argv])
 
 
 @lacuna.command(context_settings=HELP)

@@ -88,7 +88,7 @@ def merge_layers(
 
     alternatives: pairs of settings, as dotted paths, that exclude each other (`epochs`, `steps`); a later layer's one
     removes an earlier layer's other. Within one layer both stay, for the model to refuse.
-    Returns the values and, for the dotted path of each, the layer that it came from.
+    Returns the values and, for the dotted path of each, the layer that it came from, in the order of the layers.
     """
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
@@ -100,7 +100,7 @@ def merge_layers(
                     _remove(values, other)
                     origins.pop(other, None)
         _lay_over(values, layer.values)
-        origins.update(dict.fromkeys(given, layer))
+        origins = {path: origin for path, origin in origins.items() if path not in given} | dict.fromkeys(given, layer)
     return values, origins
 
 
@@ -151,8 +151,23 @@ def check(
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = [line for details in error.errors() for line in _problem(model, details, origins, flag).split("\n")]
+        found = [*error.errors(), *_hidden_disagreements(model, values, error)]
+        problems = [line for details in found for line in _problem(model, details, origins, flag).split("\n")]
         raise ConfigError(list(dict.fromkeys(problems))) from None
+
+
+def _hidden_disagreements(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[Any]:
+    """Settings of a section that disagree are found only where none is wrong in itself: without the wrong ones."""
+    if not all(len(details["loc"]) > 1 for details in error.errors()):
+        return []
+    rest = copy.deepcopy(dict(values))
+    for details in error.errors():
+        _remove(rest, ".".join(map(str, details["loc"][:2])))
+    try:
+        model.model_validate(rest)
+    except ValidationError as again:
+        return [details for details in again.errors() if details["type"] == "value_error"]
+    return []
 
 
 def _problem(
@@ -164,17 +179,32 @@ def _problem(
         where = f"{next(iter(origins.values())).name}: "
     match details["type"]:
         case "extra_forbidden":
-            return f"{where}unknown setting {path!r}{did_you_mean(path, setting_paths(model))}"
+            settings = setting_paths(model)
+            elsewhere = [setting for setting in settings if setting.endswith(f".{path.rpartition('.')[2]}")]
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(path, settings)
+            return f"{where}unknown setting {path!r}{hint}"
         case "missing":
             sources = dict.fromkeys(layer.name for layer in origins.values() if layer.lines)
-            or_flag = f", or pass {flag(path)}" if flag is not None else ""
-            return f"{', '.join(sources) or 'the config'}: {path!r} is missing: add it{or_flag}"
+            inner = [name for name in setting_paths(model) if name.startswith(f"{path}.")]
+            needed = [name for name in inner if field_at(model, name).is_required()] or [path]
+            return "\n".join(
+                f"{', '.join(sources) or 'the config'}: {name!r} is missing: add it"
+                f"{f', or pass {flag(name)}' if flag is not None else ''}"
+                for name in needed
+            )
         case "value_error":
-            return "\n".join(f"{where}{line}" for line in str(details["ctx"]["error"]).split("\n"))
+            lines = str(details["ctx"]["error"]).split("\n")
+            return "\n".join(f"{_where_mentioned(line, origins) or where}{line}" for line in lines)
         case _:
             given, message = details["input"], without_subject(details["msg"])
             message = "should be a mapping of settings" if details["type"] == "model_type" else message
             return f"{where}{setting!r} is {given!r} ({type(given).__name__}): {message}"
+
+
+def _where_mentioned(line: str, origins: Mapping[str, Layer]) -> str:
+    """`file:line: ` of the last layer's setting in a sections' disagreement; nothing where it names none."""
+    named = [path for path in origins if "." in path and re.search(rf"(?<![\w.]){re.escape(path)}(?![\w.])", line)]
+    return f"{origins[named[-1]].where(named[-1])}: " if named else ""
 
 
 def _place(path: str, origins: Mapping[str, Layer]) -> tuple[str, str]:

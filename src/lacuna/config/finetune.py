@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacuna.config.files import did_you_mean, flatten, setting_paths
-from lacuna.config.training import MAY_CHANGE_ON_RESUME, PositiveInt, SFTConfig
+from lacuna.config.training import MAY_CHANGE_ON_RESUME, ModelPlace, Place, PositiveInt, SFTConfig
 from lacuna.errors import ConfigError
 
 NotNegativeInt = Annotated[int, Field(ge=0)]
@@ -58,9 +58,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model that gets an adapter."""
 
-    path: str
+    path: ModelPlace
     """Folder of a downloaded model, or its name on the hub."""
-    base_model: str | None = None
+    base_model: ModelPlace | None = None
     """Folder or hub name that the tokenizer is loaded from. Default: path."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
@@ -69,7 +69,7 @@ class ModelSection(Section):
 class DatasetSection(Section):
     """What it is trained on."""
 
-    path: str
+    path: Place
     """File, folder, glob, or the name of a hub data set."""
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "text"] = "auto"
     """Kind of the files. auto: by their endings."""
@@ -81,7 +81,7 @@ class DatasetSection(Section):
     """Split to train on: of a hub data set, or of a folder whose files are named by split."""
     subset: str | None = None
     """Configuration name of a hub data set."""
-    validation_path: str | None = None
+    validation_path: Place | None = None
     """Like path. Or give validation_share."""
     validation_split: str = "validation"
     """Split of validation_path."""
@@ -89,7 +89,7 @@ class DatasetSection(Section):
     """Share of the samples kept for validation, drawn by the seed. 0: no validation."""
     unreadable_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be broken; they are counted and left out. More of them stop the run."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """File with a Jinja chat template, for a tokenizer that has none or another one."""
     too_long: Literal["drop", "truncate", "stop"] = "drop"
     """What happens to conversations longer than sequence_length; they are counted and said."""
@@ -115,7 +115,7 @@ class TrainingSection(Section):
 
     method: Literal["lora", "qlora"] = "lora"
     """qlora: the frozen weights are quantised."""
-    output_dir: str | None = None
+    output_dir: Place | None = None
     """The run folder. Default: ./checkpoints/<model>-<time>."""
     lora_r: PositiveInt = 16
     """Rank of the adapter."""
@@ -236,7 +236,7 @@ class FinetuneConfig(Section):
         ]
         if unused:
             raise ValueError(
-                f"{', '.join(unused)}: there is no validation; give dataset.validation_path or validation_share"
+                f"{', '.join(unused)}: there is no validation; give dataset.validation_path or dataset.validation_share"
             )
         return self
 

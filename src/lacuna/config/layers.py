@@ -19,6 +19,8 @@ def load_finetune(files: Sequence[str], settings: Mapping[str, Any]) -> tuple[Fi
         if (wanted := layer.values.get("trainer")) in FLAT:
             raise ConfigError(f"{layer.where('trainer')}: this is a config for {wanted!r}: use `lacuna {wanted}`")
     layers.append(Layer(SET, _nested(settings)))
+    if not any(layer.values for layer in layers):
+        raise ConfigError(f"{', '.join(files)}: the config is empty")
     values, origins = merge_layers(layers, FinetuneConfig.alternatives)
     return check(FinetuneConfig, values, origins, set_flag), origins
 
@@ -32,7 +34,10 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{SET} {word!r}: write it as {SET} training.lora_r=32")
         if path in settings:
             raise ConfigError(f"{SET} {path} is given twice: keep one of them")
-        settings[path] = parse_yaml(f"value: {value}", f"{SET} {word}")[0]["value"]
+        try:
+            settings[path] = parse_yaml(f"value: {value}", SET)[0]["value"]
+        except ConfigError:
+            raise ConfigError(f"{SET} {word}: {value!r} is no value in YAML") from None
     return settings
 
 

@@ -3,11 +3,15 @@
 The string under a field is its documentation: `--help` and docs/settings.md print it.
 """
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Place = Annotated[str, Field(min_length=1)]
+"""Of data or a run: a path, or a hub name."""
+ModelPlace = Annotated[Place, AfterValidator(os.path.expanduser)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 ALTERNATIVES = [("epochs", "steps"), ("warmup_share", "warmup_steps"), ("validation_dataset", "validation_share")]
@@ -33,13 +37,13 @@ class TrainingConfig(BaseModel):
         defer_build=True,
     )
 
-    model_name: str
+    model_name: ModelPlace
     """Hugging Face model: a hub name, or a folder with config.json and tokenizer files."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     initialise: Literal["pretrained", "random"] = "pretrained"
     """Start from the model's weights, or from random ones in its shape."""
-    dataset: str
+    dataset: Place
     """File (jsonl, json, csv, parquet, text), folder, glob, or the name of a hub data set."""
     dataset_format: Literal["auto", "jsonl", "json", "csv", "parquet", "text"] = "auto"
     """Kind of the files. auto: by their endings."""
@@ -57,7 +61,7 @@ class TrainingConfig(BaseModel):
     """Column of plain text."""
     unreadable_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be broken; they are counted and left out. More of them stop the run."""
-    output_dir: str
+    output_dir: Place
     """The run folder: config, metrics, checkpoints and the final model."""
     sequence_length: Annotated[int, Field(gt=1)] = 2048
     """Tokens in a row."""
@@ -121,7 +125,7 @@ class TrainingConfig(BaseModel):
     may_change: ClassVar[set[str]] = MAY_CHANGE_ON_RESUME
     alternatives: ClassVar[list[tuple[str, str]]] = ALTERNATIVES
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, devices: int = 1) -> dict[str, Any]:
         """Name to value: what a resumed run is compared by."""
         return self.model_dump()
 

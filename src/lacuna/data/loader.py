@@ -135,6 +135,11 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
         validation = _documents(config, config.validation_dataset, config.validation_split, renderer, report)
     rows = pack_samples(list(chain.from_iterable(documents)), config.sequence_length, config.packing)
     _describe(rows, config.dataset, config.sequence_length, report)
+    if config.batch_size > len(rows) and not config.packing:
+        raise DataError(
+            f"{config.dataset}: batch_size is {config.batch_size} samples, but there are only {len(rows)}: lower "
+            "--batch-size"
+        )
     if config.batch_size > len(rows):
         raise DataError(
             f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {len(rows)} of "

@@ -149,8 +149,8 @@ def target_modules(causal_lm: PreTrainedModel, wanted: list[str] | None) -> list
 
     Raises ConfigError for each name that no layer has: PEFT passes over it as long as one other name fits.
     """
-    blocks = transformer_blocks(causal_lm)
-    names = [name for block in blocks for name, module in block.named_modules() if is_linear(module)]
+    inside = {id(module) for block in transformer_blocks(causal_lm) for module in block.modules()}
+    names = [name for name, module in causal_lm.named_modules() if is_linear(module) and id(module) in inside]
     known = sorted({name.rpartition(".")[2] for name in names})
     problems = [
         f"training.target_modules: {type(causal_lm).__name__} has no linear layer {target!r}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import PeftModelForCausalLM
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,15 +28,26 @@ def merge(run_folder: str, output: str) -> str:
     target = Path(output)
     if target.exists():
         raise RunError(f"--output {output}: is there already; name a new folder")
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    base, revision = settings["base_model_name_or_path"], settings.get("revision")
     try:
-        dtype = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main").dtype
-        model = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+    except (ValueError, KeyError, OSError) as error:
+        raise RunError(f"{adapter / 'adapter_config.json'}: damaged: {error}") from error
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise RunError(f"{adapter}: there is no adapter_model.safetensors in it")
+    where = "" if Path(base).is_dir() else f" (no such folder in {Path.cwd()}, and not from the hub)"
+    try:
+        dtype = AutoModelForCausalLM.from_pretrained(base, revision=revision).dtype
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+        has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{adapter}: its base model {base} cannot be loaded: {str(error).splitlines()[0]}") from error
-    with_adapter = PeftModelForCausalLM.from_pretrained(model, adapter).eval()
+        said = str(error).splitlines()[0]
+        raise ModelError(f"{adapter}: its base model {base} cannot be loaded{where}: {said}") from error
+    try:
+        with_adapter = PeftModelForCausalLM.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{adapter}: the adapter does not load: {str(error).splitlines()[0]}") from error
     expected = logits_of(with_adapter)
     merged: Any = with_adapter.merge_and_unload()
     partial = target.with_name(f".{target.name}.partial")

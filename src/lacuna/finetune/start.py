@@ -1,12 +1,11 @@
-"""From a finetune config to a trained adapter: everything that can fail is tried here, the cheap things first."""
+"""From a finetune config to a trained adapter."""
 
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +13,43 @@ import torch
 from rich.console import Console
 from rich.progress import TextColumn
 
-from lacuna.config.finetune import BATCH, IN_SFT, FinetuneConfig, default_output_dir
+from lacuna.config.finetune import FinetuneConfig, default_output_dir
 from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
-from lacuna.data.loader import check_data_settings, load_rows
+from lacuna.data.loader import load_rows
 from lacuna.errors import ConfigError, LacunaError, RunError
-from lacuna.finetune.adapters import add_adapter, check_quantisation, describe, load_frozen, save_adapter
-from lacuna.finetune.trainer import (
-    RunFolderCallback,
-    Written,
-    epoch_line,
-    make_adapter_optimizer,
-    make_trainer,
-    optimizer_name,
+from lacuna.finetune.adapters import add_adapter, describe, load_frozen, save_adapter
+from lacuna.finetune.callback import RunFolderCallback, Written, epoch_line
+from lacuna.finetune.checks import (
+    check_before,
+    decide_checkpointing,
+    in_own_words,
+    memory_step,
+    out_of_memory,
+    own_words,
 )
+from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
 from lacuna.platform import memory
-from lacuna.platform.detect import Device, choose_device
-from lacuna.runs.folder import write_config, write_provenance, write_status
+from lacuna.runs.folder import refuse_foreign_folder, write_config, write_provenance, write_status
 from lacuna.runs.metrics import MetricsLog
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, best_checkpoint, restore, restore_weights
 from lacuna.train.loop import Prepared
-from lacuna.train.model import (
-    Execution,
-    flash_attention_works,
-    load_model_config,
-    load_tokenizer,
-    prove_loss,
-    resolve_execution,
-)
+from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup
 from lacuna.train.progress import TrainingProgress
-from lacuna.train.session import check_disk, check_resume_path, find_checkpoint, resume_command, supervise, together
+from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
-from lacuna.train.trackers import check_tracker, open_tracker
+from lacuna.train.trackers import open_tracker
 
-Report = Callable[[str], None]
 BYTES_PER_PARAMETER = 12 + 4
 """A checkpoint's weight and two moments in fp32, and the final weight."""
 
 
-def finetune(config: FinetuneConfig, resume: str | None, command: list[str]) -> None:
+def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command: list[str]) -> None:
     """Train an adapter and leave a run folder with the adapter in `final/`.
 
     resume: a run folder or one of its checkpoints; "auto" the newest run; None a new one, or the one that is in
-    training.output_dir already. command: what the user typed.
+    training.output_dir already. verbose: every step's metrics. command: what the user typed.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -65,6 +57,8 @@ def finetune(config: FinetuneConfig, resume: str | None, command: list[str]) -> 
         raise ConfigError("training.output_dir: several processes must agree on it: set it")
     config, resume_from = resolve_folder(config, resume)
     flat = config.as_sft(processes, resume_from)
+    if verbose:
+        flat = flat.model_copy(update={"log_every": 1})
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -75,27 +69,41 @@ def finetune(config: FinetuneConfig, resume: str | None, command: list[str]) -> 
 
     resume_with = resume_command(_without_resume(command), "--resume", str(flat.output_dir))
     with own_words():
-        supervise(config, flat, resume_with, lambda: out_of_memory(config, flat), work, is_first=process == 0)
+        supervise(config, flat, resume_with, lambda: out_of_memory(config, flat), work, process, processes)
 
 
-def dry_run(config: FinetuneConfig) -> None:
+def dry_run(config: FinetuneConfig, resume: str | None) -> None:
     """Print what can be known without training, and what would stop it."""
-    flat = config.as_sft()
     console = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def report(text: str) -> None:
+        console.print(in_own_words(text))
+
     print()
+    problems: list[str] = []
     try:
         with own_words():
-            flat, tokenizer, model_config, execution = check_before(config, flat, console.print)
+            config, resume_from = resolve_folder(config, resume)
+            flat = config.as_sft(resume=resume_from)
+            refuse_foreign_folder(Path(flat.output_dir).expanduser())
+    except LacunaError as error:
+        problems += error.problems
+        flat = config.as_sft()
+    try:
+        with own_words():
+            flat, tokenizer, model_config, execution = check_before(config, flat, report)
             shape = memory.model_shape(model_config.to_dict())
             if shape is not None:
                 step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
-                console.print(f"memory of a step: {memory.describe(shape, step)}")
-            rows, validation_rows = load_rows(flat, Renderer(tokenizer), console.print)
+                report(f"memory of a step: {memory.describe(shape, step)}")
+            rows, validation_rows = load_rows(flat, Renderer(tokenizer), report)
             steps = count_steps(flat, len(rows))
             check_warmup(flat, steps)
-        console.print(f"{len(rows):,} samples to train on, {len(validation_rows or ()):,} to validate, {steps:,} steps")
+        report(f"{len(rows):,} samples to train on, {len(validation_rows or ()):,} to validate, {steps:,} steps")
     except LacunaError as error:
-        console.print("\n".join(f"would stop: {problem}" for problem in error.problems))
+        problems += error.problems
+    for problem in problems:
+        console.print(f"would stop: {problem}")
 
 
 def count_steps(flat: SFTConfig, samples: int) -> int:
@@ -119,8 +127,10 @@ def resolve_folder(config: FinetuneConfig, resume: str | None) -> tuple[Finetune
         return config.with_output_dir(resume), "auto"
     if given is not None:
         return config, "auto"
-    pattern = Path(default_output_dir(config.model.path, "*"))
-    runs = [path for path in pattern.parent.glob(pattern.name) if (path / "status.json").is_file()]
+    any_time = Path(default_output_dir(config.model.path, "TIME"))
+    name = re.compile(re.escape(any_time.name).replace("TIME", r"\d{8}-\d{6}"))
+    there = any_time.parent.iterdir() if any_time.parent.is_dir() else ()
+    runs = [path for path in there if name.fullmatch(path.name) and (path / "status.json").is_file()]
     if resume == "auto" and runs:
         return config.with_output_dir(str(max(runs, key=lambda path: (path / "status.json").stat().st_mtime))), "auto"
     return config.with_output_dir(default_output_dir(config.model.path, time.strftime("%Y%m%d-%H%M%S"))), "auto"
@@ -132,95 +142,13 @@ def _without_resume(command: list[str]) -> list[str]:
     return [word for index, word in enumerate(kept) if index not in places and index - 1 not in places]
 
 
-@contextmanager
-def own_words() -> Iterator[None]:
-    """Errors of what is shared with our own loop come out with this config's names."""
-    try:
-        yield
-    except LacunaError as error:
-        error.problems = [in_own_words(problem) for problem in error.problems]
-        error.args = ("\n".join(error.problems),)
-        raise
-
-
-def in_own_words(problem: str) -> str:
-    """A message of what is shared with our own loop, with its settings under the names of this config."""
-    names = {**IN_SFT, "batch_size": BATCH}
-    underscored = [name for name in names if "_" in name]
-    for name in sorted(names, key=len, reverse=True):
-        flag = name.replace("_", "-")
-        if flag not in ("device", "resume"):
-            place = "training.batch_size" if name == "batch_size" else names[name]
-            problem = re.sub(rf"--{flag}(?![\w-])", f"--set {place}=…", problem)
-    words = "|".join(sorted(underscored, key=len, reverse=True))
-    return re.sub(rf"(?<![\w./=-])({words})(?![\w/=])", lambda found: names[found[1]], problem)
-
-
-def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tuple[SFTConfig, Any, Any, Execution]:
-    """What costs seconds, all of it together: settings as this machine can run them, tokenizer, model config, device.
-
-    Raises ConfigError with everything that is wrong.
-    """
-    device = device_or_cpu(flat, report)
-    if flat.attention == "flash_attention_2" and not flash_attention_works(device):
-        report("flash_attention_2 is not there (it needs CUDA, bf16 and the package flash-attn): attention by sdpa")
-        flat = flat.model_copy(update={"attention": "sdpa"})
-    origin = config.model.base_model
-    from_elsewhere = {"model_name": origin, "model_revision": None} if origin is not None else {}
-    tokenizer, model_config, execution = together(
-        lambda: load_tokenizer(flat.model_copy(update=from_elsewhere)),
-        lambda: load_model_config(flat),
-        lambda: resolve_execution(flat, device),
-        lambda: check_data_settings(flat),
-        lambda: check_tracker(flat, report),
-        lambda: check_quantisation(config, device),
-        lambda: check_resume_path(flat),
-    )[:3]
-    return flat, tokenizer, model_config, execution
-
-
-def device_or_cpu(flat: SFTConfig, report: Report) -> Device:
-    try:
-        return choose_device(flat.device)
-    except ConfigError as error:
-        report(f"warning: {error}; going on with the CPU, which is much slower")
-        return choose_device("cpu")
-
-
-def memory_step(config: FinetuneConfig, execution: Execution, checkpointing: bool) -> memory.Step:
-    training, bf16 = config.training, execution.dtype == torch.bfloat16
-    bits = training.quantization_bits if training.method == "qlora" else 16 if bf16 else 32
-    return memory.Step(training.batch_size, training.sequence_length, bits, training.lora_r, checkpointing, bf16)
-
-
-def decide_checkpointing(config: FinetuneConfig, model_config: Any, execution: Execution) -> bool:
-    wanted = config.training.gradient_checkpointing
-    shape = memory.model_shape(model_config.to_dict())
-    if wanted != "auto" or shape is None:
-        return wanted is True
-    return memory.needs_checkpointing(shape, memory_step(config, execution, False), execution.device.memory)
-
-
-def out_of_memory(config: FinetuneConfig, flat: SFTConfig) -> str:
-    """What the step was estimated at, and what each smaller setting would take."""
-    model_config = load_model_config(flat)
-    execution = resolve_execution(flat.model_copy(update={"attention": "sdpa"}), choose_device("auto"))
-    shape = memory.model_shape(model_config.to_dict())
-    advice = "lower training.batch_size and raise gradient_accumulation_steps as much, which changes nothing else"
-    if shape is None:
-        return f"out of memory: {advice}; or set training.gradient_checkpointing: true"
-    step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
-    changes = "; ".join(f"{text}: {gib:.1f} GiB" for text, gib in memory.savings(shape, step))
-    return f"out of memory: a step takes {memory.describe(shape, step)}. What a step would take with {changes}"
-
-
 def prepare(
     config: FinetuneConfig, flat: SFTConfig, folder: Path, tokenizer: Any, execution: Execution, console: Console,
     processes: int,
 ) -> Prepared:  # fmt: skip
     """Read and tokenise the data, and find the checkpoint to go on from."""
     renderer = Renderer(tokenizer)
-    rows, validation_rows = load_rows(flat, renderer, console.print)
+    rows, validation_rows = load_rows(flat, renderer, lambda text: console.print(in_own_words(text)))
     total_steps = count_steps(flat, len(rows))
     check_warmup(flat, total_steps)
     fingerprint = rows.fingerprint()
@@ -233,7 +161,10 @@ def _finetune(
     config: FinetuneConfig, flat: SFTConfig, folder: Path, command: list[str], console: Console, stop: StopRequest,
     processes: tuple[int, int],
 ) -> None:  # fmt: skip
-    flat, tokenizer, model_config, execution = check_before(config, flat, console.print)
+    def report(text: str) -> None:
+        console.print(in_own_words(text))
+
+    flat, tokenizer, model_config, execution = check_before(config, flat, report)
     prepared = prepare(config, flat, folder, tokenizer, execution, console, processes[1])
     if processes[0] == 0:
         write_config(folder, config)

@@ -117,7 +117,7 @@ def savings(shape: Shape, step: Step) -> list[tuple[str, float]]:
             replace(step, rows=step.rows // 2),
         ),
         (f"training.sequence_length: {step.length // 2}", replace(step, length=step.length // 2)),
-        ("training.method: qlora", replace(step, bits=4)),
+        ("training.quantization_bits: 4" if step.bits == 8 else "training.method: qlora", replace(step, bits=4)),
     ]
     return [
         (text, total(shape, s))

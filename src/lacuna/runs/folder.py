@@ -102,6 +102,13 @@ def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) ->
     write_json(path, {"starts": [*starts, start]})
 
 
+def last_start(folder: Path) -> dict[str, Any]:
+    """The newest entry of provenance.json; empty where there is none."""
+    path = folder / "provenance.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    return starts[-1] if starts else {}
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -117,6 +117,10 @@ def _check_model_name(config: TrainingConfig) -> None:
             f"model_name {config.model_name}: no such folder; to download a model into it: "
             f"hf download OWNER/{name} --local-dir {config.model_name}"
         )
+    if (Path(config.model_name) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model_name {config.model_name}: this is an adapter, no model: take its base, or `lacuna merge` both"
+        )
     if is_folder and config.model_revision is not None:
         raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
 

@@ -39,7 +39,7 @@ def check_warmup(config: TrainingConfig, total_steps: int) -> None:
     if warmup_steps(config, total_steps) >= total_steps:
         raise ConfigError(
             f"warmup takes {warmup_steps(config, total_steps)} of {total_steps} steps, so the learning rate would "
-            "never reach its peak: lower --warmup-steps"
+            f"never reach its peak: lower --warmup-{'share' if config.warmup_steps is None else 'steps'}"
         )
 
 

@@ -16,7 +16,7 @@ from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
-from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, write_status
+from lacuna.runs.folder import last_start, locked, read_status, refuse_foreign_folder, write_status
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.train.checkpoint import damage, newest_whole, read_state
 from lacuna.train.signals import StopRequest
@@ -30,24 +30,25 @@ def supervise(
     resume_with: str,
     out_of_memory: Callable[[], str],
     work: Callable[[Path, Console, StopRequest], None],
-    is_first: bool = True,
+    process: int = 0,
+    processes: int = 1,
 ) -> None:
     """Do the work in the run folder, unless that is done; status.json tells how it ended.
 
-    flat: config in the names of our own loop. resume_with: the command that goes on with the run. is_first: of the
-    processes that train together; the others are silent and write nothing.
+    flat: config in the names of our own loop. resume_with: the command that goes on with the run. process: of the
+    processes that train together; all but the first are silent and write nothing.
     Raises LacunaError for what the user can mend, Interrupted after a signal.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not is_first)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=process > 0)
     folder = Path(flat.output_dir).expanduser()
     refuse_foreign_folder(folder)
-    if not is_first:
+    if process > 0:
         with StopRequest() as stop:
-            if not _is_finished(folder, config, flat):
+            if not _is_finished(folder, config, flat, processes):
                 work(folder, console, stop)
         return
     with StopRequest() as stop, locked(folder):
-        if _is_finished(folder, config, flat):
+        if _is_finished(folder, config, flat, processes):
             if (read_status(folder) or {}).get("state") != "finished":
                 write_status(folder, "finished", **_last_step(folder))
             console.print(f"already finished: {folder / 'final'}")
@@ -95,7 +96,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig) -> bool:
+def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int) -> bool:
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
     has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
     if not has_run:
@@ -107,7 +108,8 @@ def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: Tr
     before = check(type(config), values, origins) if values.get("trainer") == config.model_dump()["trainer"] else None
     if before is None:
         raise RunError(f"output_dir {folder} holds a {values.get('trainer')} run: choose another --output-dir")
-    refuse_other_settings(before.settings(), config.settings(), config.may_change, f"the run in {folder}")
+    settings = before.settings(last_start(folder).get("devices", 1))
+    refuse_other_settings(settings, config.settings(processes), config.may_change, f"the run in {folder}")
     return (folder / "final").is_dir()
 
 
@@ -154,6 +156,8 @@ def find_checkpoint(
     if found is None:
         return None
     state = read_state(found)
+    if (trainer := state.config.get("trainer")) != settings["trainer"]:
+        raise RunError(f"{found} is a checkpoint of a {trainer} run, this is {settings['trainer']}")
     refuse_other_settings(state.config, settings, config.may_change, f"the checkpoint {found}")
     if state.data != fingerprint:
         raise RunError(f"{found}: the data or the tokenizer have changed since it was written; restore them to resume")

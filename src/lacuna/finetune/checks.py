@@ -1,0 +1,127 @@
+"""What is known before anything is trained: what would stop the run, and what a step takes."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lacuna.config.finetune import BATCH, IN_SFT, FinetuneConfig
+from lacuna.config.training import SFTConfig
+from lacuna.data.loader import check_data_settings
+from lacuna.errors import ConfigError, LacunaError
+from lacuna.finetune.adapters import check_quantisation, target_modules
+from lacuna.platform import memory
+from lacuna.platform.detect import Device, choose_device
+from lacuna.train.model import (
+    Execution,
+    flash_attention_works,
+    load_model_config,
+    load_tokenizer,
+    resolve_execution,
+)
+from lacuna.train.session import check_resume_path, together
+from lacuna.train.trackers import check_tracker
+
+Report = Callable[[str], None]
+
+
+@contextmanager
+def own_words() -> Iterator[None]:
+    """Errors of what is shared with our own loop come out with this config's names."""
+    try:
+        yield
+    except LacunaError as error:
+        error.problems = [in_own_words(problem) for problem in error.problems]
+        error.args = ("\n".join(error.problems),)
+        raise
+
+
+def in_own_words(text: str) -> str:
+    """A message of what is shared with our own loop, with its settings under the names of this config."""
+    batch = "training.batch_size or training.gradient_accumulation_steps"
+    flags = {f"--{name.replace('_', '-')}": path for name, path in IN_SFT.items() if name != "device"}
+    flags["--batch-size"] = batch
+    words = {name: path for name, path in IN_SFT.items() if "_" in name} | {"batch_size": BATCH}
+    for names in (flags, words):
+        known = "|".join(sorted(names, key=len, reverse=True))
+        found = re.compile(rf"(?<![\w./=-])({known})(?![\w/=-]|\.\w)")
+        text = "".join(names.get(part, part) for part in found.split(text))
+    return text
+
+
+def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tuple[SFTConfig, Any, Any, Execution]:
+    """What costs seconds, all of it together: settings as this machine can run them, tokenizer, model config, device.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    device = device_or_cpu(flat, report)
+    if flat.attention == "flash_attention_2" and not flash_attention_works(device):
+        report("flash_attention_2 is not there (it needs CUDA, bf16 and the package flash-attn): attention by sdpa")
+        flat = flat.model_copy(update={"attention": "sdpa"})
+    tokenizer, model_config, execution = together(
+        lambda: _tokenizer(config, flat),
+        lambda: _model_config(config, flat),
+        lambda: resolve_execution(flat, device),
+        lambda: check_data_settings(flat),
+        lambda: check_tracker(flat, report),
+        lambda: check_quantisation(config, device),
+        lambda: check_resume_path(flat),
+    )[:3]
+    return flat, tokenizer, model_config, execution
+
+
+def _tokenizer(config: FinetuneConfig, flat: SFTConfig) -> Any:
+    origin = config.model.base_model
+    if origin is None:
+        return load_tokenizer(flat)
+    try:
+        return load_tokenizer(flat.model_copy(update={"model_name": origin, "model_revision": None}))
+    except LacunaError as error:
+        raise ConfigError([text.replace("model_name ", "model.base_model ") for text in error.problems]) from error
+
+
+def _model_config(config: FinetuneConfig, flat: SFTConfig) -> Any:
+    """The model's config.json, once the names of target_modules are found in a model of that shape without weights."""
+    model_config = load_model_config(flat)
+    if config.training.target_modules is not None:
+        with torch.device("meta"):
+            target_modules(AutoModelForCausalLM.from_config(model_config), config.training.target_modules)
+    return model_config
+
+
+def device_or_cpu(flat: SFTConfig, report: Report) -> Device:
+    try:
+        return choose_device(flat.device)
+    except ConfigError as error:
+        report(f"warning: {error}; going on with the CPU, which is much slower")
+        return choose_device("cpu")
+
+
+def memory_step(config: FinetuneConfig, execution: Execution, checkpointing: bool) -> memory.Step:
+    training, bf16 = config.training, execution.dtype == torch.bfloat16
+    bits = training.quantization_bits if training.method == "qlora" else 16 if bf16 else 32
+    return memory.Step(training.batch_size, training.sequence_length, bits, training.lora_r, checkpointing, bf16)
+
+
+def decide_checkpointing(config: FinetuneConfig, model_config: Any, execution: Execution) -> bool:
+    wanted = config.training.gradient_checkpointing
+    shape = memory.model_shape(model_config.to_dict())
+    if wanted != "auto" or shape is None:
+        return wanted is True
+    return memory.needs_checkpointing(shape, memory_step(config, execution, False), execution.device.memory)
+
+
+def out_of_memory(config: FinetuneConfig, flat: SFTConfig) -> str:
+    """What the step was estimated at, and what each smaller setting would take."""
+    model_config = load_model_config(flat)
+    execution = resolve_execution(flat.model_copy(update={"attention": "sdpa"}), choose_device("auto"))
+    shape = memory.model_shape(model_config.to_dict())
+    advice = "lower training.batch_size and raise gradient_accumulation_steps as much, which changes nothing else"
+    if shape is None:
+        return f"out of memory: {advice}; or set training.gradient_checkpointing: true"
+    step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
+    changes = "; ".join(f"{text}: {gib:.1f} GiB" for text, gib in memory.savings(shape, step))
+    return f"out of memory: a step takes {memory.describe(shape, step)}. What a step would take with {changes}"

@@ -101,13 +101,14 @@ class DatasetSection(Section):
             return {**data, "validation_share": 0.0}
         return data
 
-    @model_validator(mode="after")
-    def _one_validation(self) -> Self:
+    def disagreements(self) -> list[str]:
+        """Settings that do not go together, a sentence each."""
+        problems = []
         if self.validation_path is not None and self.validation_share:
-            raise ValueError("give dataset.validation_path or dataset.validation_share, not both")
+            problems.append("give dataset.validation_path or dataset.validation_share, not both")
         if self.validation_path is None and self.validation_split != "validation":
-            raise ValueError("dataset.validation_split is a split of dataset.validation_path, which is not given")
-        return self
+            problems.append("dataset.validation_split is a split of dataset.validation_path, which is not given")
+        return problems
 
 
 class TrainingSection(Section):
@@ -186,8 +187,8 @@ class TrainingSection(Section):
     tracker_project: str | None = None
     """W&B project. Default: lacuna."""
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
+    def disagreements(self) -> list[str]:
+        """Settings that do not go together, a sentence each."""
         problems = []
         if self.warmup_steps is not None and self.warmup_share is not None:
             problems.append("give training.warmup_share or training.warmup_steps, not both")
@@ -199,9 +200,7 @@ class TrainingSection(Section):
             problems.append(f"{', '.join(self.four_bit_settings())}: only 4-bit weights have it")
         if self.method == "qlora" and self.bias != "none":
             problems.append("training.bias: bitsandbytes rounds the biases of its layers; with qlora it is none")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+        return problems
 
     def four_bit_settings(self) -> list[str]:
         """Those of 4-bit quantisation that are not at their defaults."""
@@ -225,20 +224,24 @@ class FinetuneConfig(Section):
     """auto: CUDA, else MPS, else CPU."""
 
     @model_validator(mode="after")
-    def _best_needs_validation(self) -> Self:
+    def _settings_agree(self) -> Self:
+        problems = [*self.dataset.disagreements(), *self.training.disagreements(), *self._without_validation()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _without_validation(self) -> list[str]:
         training = self.training
-        if self.has_validation:
-            return self
         unused = [
             f"training.{name}"
             for name in ("eval_steps", "final_weights", "keep_best")
             if getattr(training, name) not in (type(training).model_fields[name].default, 0)
         ]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)}: there is no validation; give dataset.validation_path or dataset.validation_share"
-            )
-        return self
+        if self.has_validation or not unused:
+            return []
+        return [
+            f"{', '.join(unused)}: there is no validation; give dataset.validation_path or dataset.validation_share"
+        ]
 
     @property
     def has_validation(self) -> bool:

@@ -188,6 +188,23 @@ def test_a_cut_off_checkpoint_is_not_picked_up(run: Run, config: Path, tmp_path:
     assert adapter_bytes(folder) == finished
 
 
+def test_a_kill_in_the_middle_of_a_save_loses_no_step_that_was_saved(run: Run, config: Path, tmp_path: Path) -> None:
+    """Saves at every step, so that the kill meets one that is half written; a second one meets the resumed run."""
+    more = ["training.max_steps=40", "training.save_steps=1", "dataset.validation_share=0"]
+    must(run("finetune", *words(config, *more, f"training.output_dir={tmp_path / 'straight'}")))
+    folder = tmp_path / "run"
+    for later in (8, 20):
+        process = spawn("finetune", *words(config, *more))
+        process.wait_until((folder / f"checkpoints/step-{later:08d}").exists)
+        process.wait_until(lambda: any(folder.glob("checkpoints/.step-*.partial")))
+        process.stop(signal.SIGKILL)
+        assert not (folder / "final").exists()
+    assert "resuming from" in must(run("finetune", *words(config, *more)))
+    assert metrics(folder) == metrics(tmp_path / "straight")
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "straight")
+    assert not list(folder.glob("checkpoints/.*"))
+
+
 def test_a_signal_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = words(config, "training.max_steps=400", "training.save_steps=1000")

@@ -21,6 +21,7 @@ SFT: dict[str, Settings] = {
     "model_revision": {"model_revision": "main"},
     "initialise": {"initialise": "random"},
     "dataset": {"dataset": "other.jsonl"},
+    "dataset_format": {"dataset_format": "text"},
     "dataset_subset": {"dataset_subset": "part"},
     "dataset_split": {"dataset_split": "test"},
     "validation_dataset": {"validation_dataset": "other.jsonl", "validation_share": "none"},

@@ -65,10 +65,10 @@ class RunFolderCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        state.global_step = self.state.step
-        if state.global_step == 0:
-            self.validate(0)
-            self.stop_if_asked(0)
+        step = state.global_step = self.state.step
+        if step == 0 or (self.validation_loss is None and self.validation_due(step)):
+            self.validate(step)
+        self.stop_if_asked(step, self.asked_to_stop())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,12 +103,16 @@ class RunFolderCallback(TrainerCallback):
         self.progress.advance(step)
         if self.due(step, self.flat.log_every) or step == 1:
             self.write_metrics(step, done)
-        saves = self.due(step, self.flat.save_every)
-        if saves or (self.flat.evaluate_every and self.due(step, self.flat.evaluate_every)):
+        if self.validation_due(step):
             self.validate(step)
-        if saves or self.asked_to_stop():
+        asked = self.asked_to_stop()
+        if asked or self.due(step, self.flat.save_every):
             self.save(step, done)
-        self.stop_if_asked(step)
+        self.stop_if_asked(step, asked)
+
+    def validation_due(self, step: int) -> bool:
+        every = (self.flat.save_every, self.flat.evaluate_every or self.flat.save_every)
+        return any(self.due(step, steps) for steps in every)
 
     def write_metrics(self, step: int, done: Step) -> None:
         loss = self.over_processes(float(torch.stack(self.trainer.losses).sum())) / self.trainer.steps.processes
@@ -177,8 +181,8 @@ class RunFolderCallback(TrainerCallback):
         if self.written is not None:
             self.written.checkpoints.wait()
 
-    def stop_if_asked(self, step: int) -> None:
-        if self.asked_to_stop():
+    def stop_if_asked(self, step: int, asked: bool) -> None:
+        if asked:
             self.finish_saving()
             saved = f"after step {step}, which is saved" if step else "before the first step"
             raise Interrupted(self.stop.signal_number or 0, f"stopped {saved}")

@@ -27,7 +27,7 @@ def test_finetune_and_bare_trl_have_the_same_losses() -> None:
     assert outcome.returncode == 0, outcome.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in outcome.stdout.splitlines()[2:]]
     assert [row[1] for row in rows[:2]] == ["lacuna", "TRL, its default"]
-    assert all(float(row[2]) > 0 for row in rows)
+    assert all(float(row[2]) > 0 for row in rows[:-1])
 
 
 def test_loss_memory_is_far_below_the_plain_loss() -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from conftest import SCRIPTS, Run
+from lacuna.config.finetune import FINETUNE_MAY_CHANGE
 from lacuna.config.training import MAY_CHANGE_ON_RESUME
 from lacuna.experiment.parameters import TORCHTUNE, parameters
 from test_docs import ROOT
@@ -74,8 +75,12 @@ def test_the_table_has_every_parameter_of_torchtune_and_every_engineering_settin
         paths = ", ".join(f"`{path}`" for path in parameter.paths)
         assert f"| `{name}` | {paths} | {parameter.kind} | {parameter.note} |" in PAGE
     section = PAGE.partition("## lacuna's parameters")[2].partition("\n## ")[0]
+    flat, _, nested = section.partition("Of a finetune config")
     ours = {name for name, parameter in parameters("sft").items() if parameter.kind == "engineering"}
-    assert set(re.findall(r"`(\w+)`", section)) == ours == MAY_CHANGE_ON_RESUME
+    assert set(re.findall(r"`(\w+)`", flat)) == ours == MAY_CHANGE_ON_RESUME
+    paths = {parameter.paths[0] for parameter in parameters("finetune").values() if parameter.kind == "engineering"}
+    listed = re.findall(r"`(\w+)`", nested.partition("Engineering")[2].replace("`training`", ""))
+    assert {name if name == "device" else f"training.{name}" for name in listed} == paths == FINETUNE_MAY_CHANGE
 
 
 def test_every_message_of_the_troubleshooting_table_is_one_that_the_program_prints() -> None:

@@ -270,7 +270,10 @@ class TestLoadRows:
     def test_a_batch_larger_than_the_data_is_refused(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
         assert load_error(pretrain(path, batch_size=3, packing=False)) == [
-            "a.jsonl: batch_size is 3 rows, but the data fill only 2 of 64 tokens: "
+            "a.jsonl: batch_size is 3 samples, but there are only 2: lower --batch-size"
+        ]
+        assert load_error(pretrain(path, batch_size=3)) == [
+            "a.jsonl: batch_size is 3 rows, but the data fill only 1 of 64 tokens: "
             "lower --batch-size or --sequence-length"
         ]
         assert len(load(pretrain(path, batch_size=2, packing=False))[0]) == 2

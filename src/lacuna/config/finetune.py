@@ -41,7 +41,7 @@ FINETUNE_ALTERNATIVES = [
     ("training.warmup_share", "training.warmup_steps"),
     ("dataset.validation_path", "dataset.validation_share"),
 ]
-FINETUNE_MAY_CHANGE = {IN_SFT[name] for name in MAY_CHANGE_ON_RESUME & IN_SFT.keys()}
+FINETUNE_MAY_CHANGE = {IN_SFT[name] for name in MAY_CHANGE_ON_RESUME & IN_SFT.keys()} - {"training.batch_size"}
 
 
 class Section(BaseModel):

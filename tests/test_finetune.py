@@ -17,7 +17,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from conftest import Outcome, Run, spawn
 from fixtures import WORDS, make_model, make_tokenizer, write_chat
@@ -25,6 +34,8 @@ from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
 from lacuna.data.loader import row_order
 from lacuna.data.packing import pack
+from lacuna.train.checkpoint import best_first, regular_saves, superfluous
+from lacuna.train.session import resume_command
 from test_chat import CHATML_MARKED, MISTRAL
 
 peft = pytest.importorskip("peft", reason="lacuna[finetune]")
@@ -412,3 +423,150 @@ def test_the_losses_are_bare_trls(run: Run, base: Path, tmp_path: Path) -> None:
     ours = list(metrics(tmp_path / "run").values())
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < ours[0] - 0.05
+
+
+def edited(folder: Path, **values: Any) -> Path:
+    """A model's config.json with other values."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def shaped(folder: Path, config: Any) -> Path:
+    """A random tiny model of another architecture, with the tests' tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_biases_are_trained_in_either_precision(bias: str, precision: str, run: Run, tmp_path: Path) -> None:
+    model = shaped(tmp_path / "qwen2", Qwen2Config(num_key_value_heads=2, pad_token_id=3, **SMALL))
+    config = write_config(tmp_path, model, write_lookups(tmp_path / "data.jsonl"))
+    must(run("finetune", *words(config, f"training.bias={bias}", f"training.precision={precision}")))
+    saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    biases = {name: tensor for name, tensor in saved.items() if name.endswith(".bias")}
+    assert len(biases) == 6
+    assert all(tensor.abs().max() > 0 and tensor.dtype == torch.float32 for tensor in biases.values())
+
+
+def test_without_sdpa_the_message_names_the_setting(run: Run, tmp_path: Path) -> None:
+    model = shaped(tmp_path / "gemma2", Gemma2Config(num_key_value_heads=2, head_dim=32, pad_token_id=3, **SMALL))
+    config = write_config(tmp_path, model, write_lookups(tmp_path / "data.jsonl"))
+    outcome = run("finetune", *words(config))
+    if outcome.code:
+        assert "transformers has no sdpa attention for this model: pass training.attention eager" in outcome.output
+        must(run("finetune", *words(config, "training.attention=eager")))
+
+
+def test_experts_without_an_adapter_are_mentioned(run: Run, tmp_path: Path) -> None:
+    shape = MixtralConfig(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, pad_token_id=3, **SMALL)
+    config = write_config(tmp_path, shaped(tmp_path / "moe", shape), write_lookups(tmp_path / "data.jsonl"))
+    assert "the experts are no linear layers, and get none" in must(run("finetune", *words(config)))
+
+
+def test_what_peft_cannot_adapt_ends_in_a_sentence(run: Run, tmp_path: Path) -> None:
+    model = shaped(tmp_path / "mamba", MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4))
+    config = write_config(tmp_path, model, write_lookups(tmp_path / "data.jsonl"))
+    outcome = run("finetune", *words(config, "training.attention=eager"))
+    assert outcome.code == 2
+    assert "training.target_modules: PEFT cannot adapt this model so: " in outcome.output
+
+
+def test_a_models_own_code_is_not_run(base: Path, run: Run, tmp_path: Path) -> None:
+    """Not even asked about: a person at a terminal might say yes."""
+    model = tmp_path / "remote"
+    shutil.copytree(base, model)
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'evil')!r}, 'w')\n")
+    edited(model, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}, model_type="unheard")
+    outcome = run("finetune", *words(write_config(tmp_path, model, write_lookups(tmp_path / "data.jsonl"))))
+    assert outcome.code == 2
+    assert "[y/N]" not in outcome.output
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_last_validation_that_a_signal_cut_short_is_made_up_for(run: Run, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ["training.final_weights=best", "training.save_steps=4"]
+    must(run("finetune", *words(config, *more)))
+    log, final = (folder / "metrics.jsonl").read_text(), adapter_bytes(folder)
+    shutil.rmtree(folder / "final")
+    last = [line for line in log.splitlines() if '"step": 8, "validation_loss"' in line]
+    (folder / "metrics.jsonl").write_text(log.replace(last[0] + "\n", ""))
+    must(run("finetune", *words(config, *more)))
+    assert (folder / "metrics.jsonl").read_text() == log
+    assert adapter_bytes(folder) == final
+
+
+def test_what_a_signal_saved_is_not_among_the_best(tmp_path: Path) -> None:
+    """Otherwise the best of a run would depend on when it was stopped."""
+    losses = {4: 3.0, 5: 1.0, 8: 2.0}
+    lines = [json.dumps({"step": step, "validation_loss": loss}) for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    folder = tmp_path / "checkpoints"
+    for step in losses:
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+    regular = regular_saves(4, 10)
+    assert [path.name for path in best_first(folder, regular)] == ["step-00000008", "step-00000004"]
+    assert superfluous(folder, 1, 1, regular) == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        (None, "python -m lacuna finetune --resume run"),
+        ("2", "torchrun --nproc-per-node 2 -m lacuna finetune --resume run"),
+    ],
+)
+def test_the_resume_command_is_what_was_typed(
+    processes: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert resume_command(["/x/lacuna/__main__.py", "finetune"], "--resume", "run") == expected
+
+
+def test_without_the_hub_the_models_own_tokenizer_serves(run: Run, config: Path) -> None:
+    output = must(run("finetune", *words(config, "model.base_model=somebody/gpt2")))
+    assert "warning: model.base_model somebody/gpt2: " in output
+    assert "taking the tokenizer of model.path" in output
+
+
+def test_a_large_adapter_merges_into_bf16_weights(run: Run, base: Path, tmp_path: Path) -> None:
+    """Rounding changes the logits; how much is said, and what generation stops at is written."""
+    model = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    config = write_config(tmp_path, model, write_lookups(tmp_path / "data.jsonl"))
+    must(run("finetune", *words(config, "training.learning_rate=0.1")))
+    output = must(run("lacuna", "merge", tmp_path / "run", output=tmp_path / "merged"))
+    assert "of the largest, in bfloat16 by " in output
+    merged = load(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    assert make_tokenizer().convert_tokens_to_ids("<|im_end|>") in merged.generation_config.eos_token_id
+
+
+def test_merging_onto_a_full_disk_leaves_nothing(run: Run, config: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk's end."""
+    must(run("finetune", *words(config)))
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from lacuna.cli import main; main()"
+    )
+    arguments = ["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]
+    outcome = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2, outcome.stderr
+    assert "cannot be written" in outcome.stderr
+    assert not list(tmp_path.glob("*merged*"))

@@ -127,7 +127,7 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
         if count >= len(documents):
             raise DataError(
                 f"{config.dataset}: {len(documents)} documents are too few to keep {config.validation_share:.0%} of "
-                "them for validation"
+                "them for validation: give --validation-dataset, or no validation"
             )
         validation = [documents[index] for index in sorted(order[:count].tolist())]
         documents = [documents[index] for index in sorted(order[count:].tolist())]

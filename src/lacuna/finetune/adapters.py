@@ -15,9 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from lacuna.config.files import did_you_mean
 from lacuna.config.finetune import FinetuneConfig, TrainingSection
 from lacuna.config.training import SFTConfig
+from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
-from lacuna.train.model import Execution, cannot_load, check_loaded, supervised_loss, transformer_blocks
+from lacuna.train.model import (
+    Execution,
+    cannot_load,
+    check_loaded,
+    stop_at_end_of_turn,
+    supervised_loss,
+    transformer_blocks,
+)
 
 
 class AdapterModel(PeftModelForCausalLM):
@@ -75,6 +83,7 @@ def load_frozen(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 flat.model_name,
                 revision=flat.model_revision or "main",
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 **settings,
@@ -128,7 +137,10 @@ def add_adapter(causal_lm: PreTrainedModel, config: FinetuneConfig, dtype: torch
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        model = AdapterModel(causal_lm, adapter)
+        try:
+            model = AdapterModel(causal_lm, adapter)
+        except ValueError as error:
+            raise ConfigError(f"training.target_modules: PEFT cannot adapt this model so: {error}") from error
     model.dtype_of_products = dtype
     to_fp32(model)
     return model
@@ -172,10 +184,15 @@ def describe(model: AdapterModel) -> str:
     """Which layers have an adapter, and how much is trained."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = cast(LoraConfig, model.peft_config["default"])
-    return f"adapter on {', '.join(sorted(adapter.target_modules or []))}: {trained:,} weights to train"
+    experts = any(parameter.ndim == 3 and not parameter.requires_grad for parameter in model.parameters())
+    without = "; the experts are no linear layers, and get none" if experts else ""
+    return f"adapter on {', '.join(sorted(adapter.target_modules or []))}: {trained:,} weights to train{without}"
 
 
 def save_adapter(model: AdapterModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that plain PEFT loads, with the tokenizer and its template."""
+    """A folder that plain PEFT loads, with the tokenizer, its template and where generation stops."""
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
+    if tokenizer.chat_template is not None:
+        stop_at_end_of_turn(model.causal_lm, tokenizer, Renderer(tokenizer).stop_token)
+    model.causal_lm.generation_config.save_pretrained(folder)

@@ -18,7 +18,7 @@ from lacuna.finetune.adapters import AdapterModel
 from lacuna.finetune.steps import Step
 from lacuna.finetune.trainer import AdapterTrainer
 from lacuna.runs.folder import write_status
-from lacuna.runs.metrics import MetricsLog
+from lacuna.runs.metrics import MetricsLog, validation_losses
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, tensors_of
 from lacuna.train.loop import Prepared, loss_sums, non_finite, peak_memory
 from lacuna.train.metrics import Window, model_flops
@@ -65,8 +65,14 @@ class RunFolderCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step = self.state.step
-        if step == 0 or (self.validation_loss is None and self.validation_due(step)):
+        state.global_step = self.state.step
+        self.begin()
+
+    def begin(self) -> None:
+        """Validate before the first step, and where a signal cut a validation short."""
+        step = self.state.step
+        is_validated = step in validation_losses(self.prepared.folder)
+        if (step == 0 or self.validation_due(step)) and not is_validated:
             self.validate(step)
         self.stop_if_asked(step, self.asked_to_stop())
 

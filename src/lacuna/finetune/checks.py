@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tup
         report("flash_attention_2 is not there (it needs CUDA, bf16 and the package flash-attn): attention by sdpa")
         flat = flat.model_copy(update={"attention": "sdpa"})
     tokenizer, model_config, execution = together(
-        lambda: _tokenizer(config, flat),
+        lambda: _tokenizer(config, flat, report),
         lambda: _model_config(config, flat),
         lambda: resolve_execution(flat, device),
         lambda: check_data_settings(flat),
@@ -73,14 +74,19 @@ def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tup
     return flat, tokenizer, model_config, execution
 
 
-def _tokenizer(config: FinetuneConfig, flat: SFTConfig) -> Any:
+def _tokenizer(config: FinetuneConfig, flat: SFTConfig, report: Report) -> Any:
+    """Of base_model; where the hub has it but is out of reach, the model's own if it has one, and that is said."""
     origin = config.model.base_model
     if origin is None:
         return load_tokenizer(flat)
     try:
         return load_tokenizer(flat.model_copy(update={"model_name": origin, "model_revision": None}))
     except LacunaError as error:
-        raise ConfigError([text.replace("model_name ", "model.base_model ") for text in error.problems]) from error
+        problems = [text.replace("model_name ", "model.base_model ") for text in error.problems]
+        if "out of reach" not in problems[0] or not (Path(flat.model_name) / "tokenizer_config.json").is_file():
+            raise ConfigError(problems) from error
+    report(f"warning: {problems[0]}; taking the tokenizer of model.path")
+    return load_tokenizer(flat)
 
 
 def _model_config(config: FinetuneConfig, flat: SFTConfig) -> Any:
@@ -88,7 +94,9 @@ def _model_config(config: FinetuneConfig, flat: SFTConfig) -> Any:
     model_config = load_model_config(flat)
     if config.training.target_modules is not None:
         with torch.device("meta"):
-            target_modules(AutoModelForCausalLM.from_config(model_config), config.training.target_modules)
+            target_modules(
+                AutoModelForCausalLM.from_config(model_config, trust_remote_code=False), config.training.target_modules
+            )
     return model_config
 
 

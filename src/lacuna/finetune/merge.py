@@ -12,22 +12,63 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lacuna.data.chat import Renderer
 from lacuna.errors import ModelError, RunError
+from lacuna.train.model import stop_at_end_of_turn
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, in fp32."""
+"""Largest difference of logits in fp32, relative to the largest logit."""
 
 
 def merge(run_folder: str, output: str) -> str:
     """Write base plus adapter as one model, in the base's precision, and return what was compared.
 
-    Raises RunError, ModelError: no adapter there, its base cannot be loaded, the output is taken, or the merged model
-    does not say what base and adapter say.
+    Proven before it is written: in fp32 the merged model says what base and adapter say. Proven after: the files hold
+    its weights, rounded to the base's precision. What that rounding changes is told.
+    Raises RunError, ModelError: no adapter there, its base cannot be loaded, the output is taken, or not the same.
     """
     adapter = find_adapter(Path(run_folder))
     target = Path(output)
     if target.exists():
         raise RunError(f"--output {output}: is there already; name a new folder")
+    model, dtype, tokenizer = load_base(adapter)
+    try:
+        with_adapter: Any = PeftModelForCausalLM.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{adapter}: the adapter does not load: {str(error).splitlines()[0]}") from error
+    expected = logits_of(with_adapter)
+    merged = with_adapter.merge_and_unload()
+    difference = relative(logits_of(merged), expected)
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"{adapter}: the merged model's logits differ from base plus adapter by {difference:.1e} of the largest: "
+            "nothing was written"
+        )
+    if tokenizer.chat_template is not None:
+        stop_at_end_of_turn(merged, tokenizer, Renderer(tokenizer).stop_token)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.to(dtype).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        found = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype, trust_remote_code=False).eval()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"--output {output}: cannot be written: {error}") from error
+    weights = found.state_dict()
+    if not all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items()):
+        shutil.rmtree(partial)
+        raise RunError(f"--output {output}: the files hold other weights than were written; is the disk sound?")
+    rounding = relative(logits_of(found.float()), expected)
+    partial.rename(target)
+    return (
+        f"merged: {target}; its logits differ from base plus adapter by {difference:.1e} of the largest, "
+        f"in {str(dtype).removeprefix('torch.')} by {rounding:.1e}"
+    )
+
+
+def load_base(adapter: Path) -> tuple[Any, torch.dtype, Any]:
+    """The adapter's base in fp32, its stored precision, and the adapter's tokenizer or else the base's."""
     try:
         settings = json.loads((adapter / "adapter_config.json").read_text())
         base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
@@ -36,35 +77,20 @@ def merge(run_folder: str, output: str) -> str:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise RunError(f"{adapter}: there is no adapter_model.safetensors in it")
     where = "" if Path(base).is_dir() else f" (no such folder in {Path.cwd()}, and not from the hub)"
+    source = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     try:
-        dtype = AutoModelForCausalLM.from_pretrained(base, revision=revision).dtype
-        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+        stored = AutoModelForCausalLM.from_pretrained(base, **source)
+        if hasattr(stored.config, "quantization_config"):
+            raise ModelError(
+                f"{adapter}: its base model {base} is quantised itself: there are no weights to merge into"
+            )
+        dtype = stored.dtype
         has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base)
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ModelError(f"{adapter}: its base model {base} cannot be loaded{where}: {said}") from error
-    try:
-        with_adapter = PeftModelForCausalLM.from_pretrained(model, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{adapter}: the adapter does not load: {str(error).splitlines()[0]}") from error
-    expected = logits_of(with_adapter)
-    merged: Any = with_adapter.merge_and_unload()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.to(dtype).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    found = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
-    difference = float((logits_of(found) - expected).abs().max() / expected.abs().max())
-    tolerance = TOLERANCE if dtype == torch.float32 else 256 * TOLERANCE
-    if not difference <= tolerance:
-        shutil.rmtree(partial)
-        raise ModelError(
-            f"{adapter}: the merged model's logits differ from base plus adapter by {difference:.1e} of the largest, "
-            f"more than {tolerance:.0e}: nothing was written"
-        )
-    partial.rename(target)
-    return f"merged: {target}; its logits differ from base plus adapter by {difference:.1e} of the largest"
+    return stored.float(), dtype, tokenizer
 
 
 def find_adapter(folder: Path) -> Path:
@@ -73,6 +99,10 @@ def find_adapter(folder: Path) -> Path:
         if (place / "adapter_config.json").is_file():
             return place
     raise RunError(f"{folder}: no adapter there (adapter_config.json, in it or in its final folder)")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()

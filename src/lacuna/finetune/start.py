@@ -32,7 +32,15 @@ from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimi
 from lacuna.platform import memory
 from lacuna.runs.folder import refuse_foreign_folder, write_config, write_provenance, write_status
 from lacuna.runs.metrics import MetricsLog
-from lacuna.train.checkpoint import CheckpointWriter, TrainingState, best_checkpoint, restore, restore_weights
+from lacuna.train.checkpoint import (
+    CheckpointWriter,
+    Regular,
+    TrainingState,
+    best_checkpoint,
+    regular_saves,
+    restore,
+    restore_weights,
+)
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup
@@ -198,36 +206,40 @@ def _finetune(
         return epoch_line(epochs, metrics, left)
 
     columns = (TextColumn("{task.fields[line]}"),)
+    regular = regular_saves(flat.save_every, prepared.total_steps)
     stop.at_once = False
     with ExitStack() as stack:
         progress = stack.enter_context(TrainingProgress(console, prepared.total_steps, state.step, line, columns))
         written = None
         if processes[0] == 0:
-            written = open_written(stack, config, flat, folder, state.step if prepared.resume_from else -1)
-        trainer.add_callback(
-            RunFolderCallback(config, flat, prepared, trainer, optimizer, state, console, stop, progress, written)
-        )
+            written = open_written(stack, config, flat, folder, state.step if prepared.resume_from else -1, regular)
+        around = RunFolderCallback(config, flat, prepared, trainer, optimizer, state, console, stop, progress, written)
+        trainer.add_callback(around)
         if state.step < prepared.total_steps:
             trainer.train()
+        else:
+            around.begin()
         if written is not None:
             written.checkpoints.wait()
     if processes[0] == 0:
-        write_final(flat, model, prepared, console)
+        write_final(flat, model, prepared, regular, console)
 
 
-def open_written(stack: ExitStack, config: FinetuneConfig, flat: SFTConfig, folder: Path, step: int) -> Written:
+def open_written(
+    stack: ExitStack, config: FinetuneConfig, flat: SFTConfig, folder: Path, step: int, regular: Regular
+) -> Written:
     """What the first process writes to while it trains. step: of the checkpoint that the run goes on from, else -1."""
     return Written(
         stack.enter_context(MetricsLog(folder, step)),
         stack.enter_context(open_tracker(flat, folder, max(step, 0), config.model_dump())),
-        CheckpointWriter(folder / "checkpoints", flat.keep_last, flat.keep_best),
+        CheckpointWriter(folder / "checkpoints", flat.keep_last, flat.keep_best, regular),
     )
 
 
-def write_final(flat: SFTConfig, model: Any, prepared: Prepared, console: Console) -> None:
+def write_final(flat: SFTConfig, model: Any, prepared: Prepared, regular: Regular, console: Console) -> None:
     """The adapter as plain PEFT loads it, of the last step or of the best one, whole or not at all."""
     folder = prepared.folder
-    if flat.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints")) is not None:
+    if flat.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints", regular)) is not None:
         restore_weights(best, model)
         console.print(f"final weights: {best}")
     partial = folder / ".final.partial"

@@ -33,6 +33,7 @@ from lacuna.runs.metrics import validation_losses
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
+Regular = Callable[[int], bool]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -114,8 +115,9 @@ def read_state(checkpoint: Path) -> TrainingState:
 class CheckpointWriter:
     """Writes one checkpoint at a time in a thread and keeps the best and the newest."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, keep_best: int, regular: Regular) -> None:
         self.folder = folder
+        self.regular = regular
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -149,7 +151,7 @@ class CheckpointWriter:
             write_whole(partial / "manifest.json", manifest_text(manifest))
             partial.rename(final)
             _sync_folder(self.folder)
-            for name in superfluous(self.folder, self.keep_last, self.keep_best):
+            for name in superfluous(self.folder, self.keep_last, self.keep_best, self.regular):
                 doomed = (self.folder / name).rename(self.folder / f".{name}.partial")
                 shutil.rmtree(doomed)
         except (OSError, CheckpointException) as error:
@@ -195,20 +197,29 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def superfluous(folder: Path, keep_last: int, keep_best: int) -> list[str]:
-    """Names of checkpoints that are neither among the newest nor among the best by the run's validation losses."""
+def regular_saves(save_every: int, total_steps: int) -> Regular:
+    """The steps at which a run is saved that no signal stops."""
+    return lambda step: step % save_every == 0 or step == total_steps
+
+
+def superfluous(folder: Path, keep_last: int, keep_best: int, regular: Regular) -> list[str]:
+    """Names of checkpoints that are neither among the newest nor among the best."""
     checkpoints = sorted(folder.glob("step-*"))
+    kept = {*checkpoints[-keep_last:], *best_first(folder, regular)[:keep_best]}
+    return [path.name for path in checkpoints if path not in kept]
+
+
+def best_first(folder: Path, regular: Regular) -> list[Path]:
+    """Checkpoints by validation loss. What a signal saved in between is none of them: without it, it would not exist,
+    and the best of a run would depend on when it was stopped."""
     losses = validation_losses(folder.parent)
-    ranked = sorted((losses[step_of(path)], path.name) for path in checkpoints if step_of(path) in losses)
-    kept = {path.name for path in checkpoints[-keep_last:]} | {name for _, name in ranked[:keep_best]}
-    return [path.name for path in checkpoints if path.name not in kept]
+    candidates = [path for path in folder.glob("step-*") if step_of(path) in losses and regular(step_of(path))]
+    return sorted(candidates, key=lambda path: (losses[step_of(path)], path.name))
 
 
-def best_checkpoint(folder: Path) -> Path | None:
+def best_checkpoint(folder: Path, regular: Regular) -> Path | None:
     """The undamaged checkpoint with the lowest validation loss."""
-    losses = validation_losses(folder.parent)
-    candidates = sorted((losses[step_of(path)], path) for path in folder.glob("step-*") if step_of(path) in losses)
-    return next((path for _, path in candidates if damage(path) is None), None)
+    return next((path for path in best_first(folder, regular) if damage(path) is None), None)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -28,6 +28,7 @@ from lacuna.train.checkpoint import (
     CheckpointWriter,
     TrainingState,
     best_checkpoint,
+    regular_saves,
     restore,
     restore_weights,
     tensors_of,
@@ -74,7 +75,8 @@ def train_steps(
     optimizer = make_optimizer(model, config)
     flops = model_flops(model.causal_lm, config.sequence_length)
     peak_flops = execution.device.peak_bf16_flops if execution.dtype == torch.bfloat16 else None
-    writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best)
+    regular = regular_saves(config.save_every, total_steps)
+    writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, regular)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
     torch.manual_seed(config.seed)
     if prepared.resume_from is not None:
@@ -152,7 +154,7 @@ def train_steps(
                 write_status(folder, "running", step, total_steps, loss=values["loss"])
                 window = Window()
         writer.wait()
-    if config.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints")) is not None:
+    if config.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints", regular)) is not None:
         restore_weights(best, model.causal_lm)
         console.print(f"final weights: {best}")
     write_final(model, prepared)

@@ -77,7 +77,7 @@ def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer, with the config's chat template if it gives one. Raises ModelError."""
     _check_model_name(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model_name, revision=config.model_revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name, **_source(config))
     except (OSError, ValueError) as error:
         raise cannot_load(config, "no tokenizer could be loaded", error) from error
     if tokenizer.vocab_size < 2:
@@ -96,7 +96,7 @@ def load_model_config(config: TrainingConfig) -> Any:
     """The model's config.json. Raises ModelError: not there, or too short for sequence_length."""
     _check_model_name(config)
     try:
-        model_config = AutoConfig.from_pretrained(config.model_name, revision=config.model_revision or "main")
+        model_config = AutoConfig.from_pretrained(config.model_name, **_source(config))
     except (OSError, ValueError) as error:
         raise cannot_load(config, "no model could be found", error) from error
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -106,6 +106,11 @@ def load_model_config(config: TrainingConfig) -> Any:
             f"pass --sequence-length {longest} or less"
         )
     return model_config
+
+
+def _source(config: TrainingConfig) -> dict[str, Any]:
+    """A model's own code is never run."""
+    return {"revision": config.model_revision or "main", "trust_remote_code": False}
 
 
 def _check_model_name(config: TrainingConfig) -> None:
@@ -140,6 +145,8 @@ def cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelErr
             f"reached: hf download {name}"
         )
     said = str(error).strip().splitlines() or [type(error).__name__]
+    if "scaled_dot_product_attention" in said[0]:
+        return ModelError(f"{name}: transformers has no sdpa attention for this model: pass --attention eager")
     return ModelError(f"{name}: {what}: {said[0]}")
 
 
@@ -150,15 +157,15 @@ def load_model(
     settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": execution.attention}
     torch.manual_seed(config.seed)
     if config.initialise == "random":
-        model: Any = AutoModelForCausalLM.from_config(model_config, **settings)
+        model: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False, **settings)
         missing: Collection[str] = ()
     else:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_name,
-                revision=config.model_revision or "main",
                 use_safetensors=True,
                 output_loading_info=True,
+                **_source(config),
                 **settings,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -289,7 +296,7 @@ def prove_loss(causal_lm: PreTrainedModel, flatten_rows: bool, packing: bool) ->
     vocabulary: int = causal_lm.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(1 if flatten_rows else 2, -1).to(device)
     last = torch.arange(14) * 7 % vocabulary
-    precise = not flatten_rows
+    precise = not flatten_rows and causal_lm.dtype == torch.float32
     tolerance = 1e-5 if precise else 2e-2
 
     def outputs(step: int) -> tuple[Tensor, Tensor]:

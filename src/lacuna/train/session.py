@@ -180,5 +180,9 @@ def check_disk(folder: Path, parameters: int, bytes_each: int) -> None:
 def resume_command(command: list[str], *more: str) -> str:
     """What the user types to go on with this run. more: flags to add."""
     program = Path(command[0])
+    if program.name == "__main__.py":
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = ["torchrun", "--nproc-per-node", processes] if processes is not None else ["python"]
+        return shlex.join([*launcher, "-m", "lacuna", *command[1:], *more])
     name = program.name if shutil.which(program.name) == str(program) else os.path.relpath(program)
     return shlex.join([name, *command[1:], *more])

@@ -34,7 +34,15 @@ from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
 from lacuna.data.loader import row_order
 from lacuna.data.packing import pack
-from lacuna.train.checkpoint import best_first, regular_saves, superfluous
+from lacuna.train.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    best_first,
+    regular_saves,
+    restore,
+    superfluous,
+    tensors_of,
+)
 from lacuna.train.session import resume_command
 from test_chat import CHATML_MARKED, MISTRAL
 
@@ -570,3 +578,36 @@ def test_merging_onto_a_full_disk_leaves_nothing(run: Run, config: Path, tmp_pat
     assert outcome.returncode == 2, outcome.stderr
     assert "cannot be written" in outcome.stderr
     assert not list(tmp_path.glob("*merged*"))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers:UserWarning")
+def test_a_paged_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """As QLoRA uses it on CUDA. On a CPU it keeps the same state, without the paging."""
+    from bitsandbytes.optim.adamw import PagedAdamW32bit
+
+    def start() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 8))
+        model[0].weight.requires_grad_(False)
+        matrices = {"params": [model[1].weight], "weight_decay": 0.01}
+        vectors = {"params": [model[0].bias, model[1].bias], "weight_decay": 0.0}
+        return model, PagedAdamW32bit([matrices, vectors], lr=1e-2)
+
+    def take_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            model(torch.randn(4, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start()
+    take_steps(model, optimizer, range(3))
+    folder = tmp_path / "checkpoints"
+    writer = CheckpointWriter(folder, keep_last=1, keep_best=0, regular=regular_saves(1, 3))
+    writer.save(tensors_of(model, optimizer), TrainingState(3, {}, 0, None, "", "", {}))
+    writer.wait()
+    take_steps(model, optimizer, range(3, 6))
+    resumed, fresh = start()
+    assert restore(folder / "step-00000003", resumed, fresh).step == 3
+    take_steps(resumed, fresh, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))

@@ -59,8 +59,7 @@ def checkpoint_name(step: int) -> str:
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that resumes as tensors, by name: weights (shared ones once), AdamW's moments, random state."""
     tensors = _weights_of(model)
-    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    tensors |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    tensors |= {f"optimizer.{name}": value for name, value in _moments_of(model, optimizer).items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -79,15 +78,42 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {f"model.{name}": tensor for name, tensor in model.named_buffers() if name in stored}
 
 
+def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps of each weight. torch's own functions do not know bitsandbytes' optimizers, which lose
+    their count of steps there."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        return {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    kept = ((names[p], key, value) for p, state in optimizer.state.items() for key, value in state.items())
+    return {f"{name}/{key}": torch.as_tensor(value).clone() for name, key, value in kept}
+
+
+def _restore_foreign(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what _moments_of an optimizer that is not torch's has kept."""
+    stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    entries: dict[str, Any] = {name: entry for name, entry in stored.items() if name.startswith("optimizer.")}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    _load(checkpoint, tensors)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        weight, _, key = name.removeprefix("optimizer.").rpartition("/")
+        is_count = tensor.ndim == 0
+        optimizer.state[parameters[weight]][key] = tensor.item() if is_count else tensor.to(parameters[weight].device)
+
+
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Load weights, moments and random state in place; of the random states, those that are both here and there."""
     tensors = tensors_of(model, optimizer)
     _load(checkpoint, tensors)
-    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    loaded: dict[str, Any] = {
-        name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
-    }
-    set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=FLAT)
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        loaded: dict[str, Any] = {
+            name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")
+        }
+        set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=FLAT)
+    else:
+        _restore_foreign(checkpoint, model, optimizer)
     torch.set_rng_state(tensors["random.cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])

@@ -239,7 +239,8 @@ class TestLoadRows:
     def test_too_few_documents_for_a_validation_share_are_refused(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", ["one"])
         assert load_error(pretrain(path, validation_share=0.5)) == [
-            "a.jsonl: 1 documents are too few to keep 50% of them for validation"
+            "a.jsonl: 1 documents are too few to keep 50% of them for validation: "
+            "give --validation-dataset, or no validation"
         ]
 
     def test_validation_has_a_file_of_its_own(self, tmp_path: Path) -> None:

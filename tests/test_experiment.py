@@ -738,3 +738,69 @@ def test_run_folders_that_hold_something_are_told(run: Run, folder: Path) -> Non
     assert (
         "note: 1 of the run folders hold something already (out/run_001 …): a run would write over it" in outcome.output
     )
+
+
+ADAPTER = {"experiment_name": "study", "base_config_file": "adapter.yaml"}
+
+
+class TestFinetuneBase:
+    @pytest.fixture(autouse=True)
+    def base(self, folder: Path) -> None:
+        """A file without a `trainer` key: its sections say what it is for."""
+        text = "model: {path: tiny}\ndataset: {path: data.jsonl}\ntraining: {learning_rate: 1e-3, warmup_steps: 2}\n"
+        (folder / "adapter.yaml").write_text(text)
+
+    def test_names_reach_their_places(self) -> None:
+        """A setting's last part, its path, the other trainers' name, and a whole section."""
+        controls = {"epochs": 2, "training.weight_decay": 0.1, "training": {"lora_dropout": 0.2}}
+        derived = {"lora_alpha": "2 * lora_rank"}
+        planned = plan(ADAPTER, variables=RANKS, controls=controls, derived=derived, seeds=[1, 2])
+        assert planned.base.trainer == "finetune"
+        training = [run.values["training"] for run in planned.runs]
+        varied = [(t["lora_r"], t["lora_alpha"], t["seed"]) for t in training]
+        assert varied == [(8, 16, 1), (8, 16, 2), (16, 32, 1), (16, 32, 2)]
+        assert all((t["num_epochs"], t["weight_decay"], t["lora_dropout"]) == (2, 0.1, 0.2) for t in training)
+        assert all((t["learning_rate"], t["warmup_steps"]) == (1e-3, 2) for t in training)
+
+    def test_each_run_has_a_folder_also_where_none_is_given(self) -> None:
+        runs = plan(ADAPTER, variables=RANKS).runs
+        assert [run.output_dir for run in runs] == [f"./checkpoints/tiny-study/run_00{i}" for i in (0, 1)]
+        assert [run.values["training"]["output_dir"] for run in runs] == [run.output_dir for run in runs]
+        runs = plan(ADAPTER, variables=RANKS, controls={"output_dir": "out/rank_{lora_rank}"}).runs
+        assert [run.output_dir for run in runs] == ["out/rank_8", "out/rank_16"]
+
+    def test_an_alternative_replaces_the_bases(self) -> None:
+        (run,) = plan(ADAPTER, controls={"warmup_share": 0.5}).runs
+        assert (run.values["training"]["warmup_share"], run.values["training"].get("warmup_steps")) == (0.5, None)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"variables": {"lora_rang": [1]}}, "finetune has no setting 'lora_rang'; did you mean 'lora_rank'?"),
+            ({"controls": {"training": {"lora_rr": 1}}}, "finetune has no setting 'training.lora_rr'"),
+            ({"controls": {"lora_r": "8"}}, "'lora_r' is '8' (str): should be a valid integer; write it without quotes"),
+            ({"variables": {"lora_rank": [8], "lora_r": [4]}}, "lora_r"),
+        ],
+    )
+    def test_wrong_names_and_values_are_refused(self, changes: Settings, words: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            plan(ADAPTER, **changes)
+        assert words in str(caught.value)
+
+    def test_confounds_are_said_aloud(self) -> None:
+        notes = " ".join(plan(ADAPTER, variables={"lora_rank": [8, 16], "batch_size": [2, 4]}).notes)
+        assert "lora_alpha is 32 in every run while lora_rank varies" in notes
+        assert "a step averages 8, 16 samples" in notes
+        assert "optimizer steps differ between runs" in notes
+        assert "sequence_length varies" in " ".join(plan(ADAPTER, variables={"sequence_length": [64, 128]}).notes)
+
+    def test_missing_data_are_a_problem_at_their_path(self, run: Run, folder: Path) -> None:
+        (folder / "e.yaml").write_text(json.dumps({**ADAPTER, "variables": RANKS}))
+        outcome = run("lacuna", "generate", "e.yaml", "--output", "configs")
+        assert outcome.code == 0, outcome.output
+        assert "start one: finetune --config configs/run_000.yaml" in outcome.output
+        (folder / "data.jsonl").unlink()
+        outcome = run("lacuna", "generate", "e.yaml", "--output", "others")
+        assert outcome.code == 2
+        assert "dataset.path" in outcome.output
+        assert "no such file" in outcome.output

@@ -778,7 +778,10 @@ class TestFinetuneBase:
         [
             ({"variables": {"lora_rang": [1]}}, "finetune has no setting 'lora_rang'; did you mean 'lora_rank'?"),
             ({"controls": {"training": {"lora_rr": 1}}}, "finetune has no setting 'training.lora_rr'"),
-            ({"controls": {"lora_r": "8"}}, "'lora_r' is '8' (str): should be a valid integer; write it without quotes"),
+            (
+                {"controls": {"lora_r": "8"}},
+                "'lora_r' is '8' (str): should be a valid integer; write it without quotes",
+            ),
             ({"variables": {"lora_rank": [8], "lora_r": [4]}}, "lora_r"),
         ],
     )

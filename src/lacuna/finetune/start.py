@@ -43,7 +43,7 @@ from lacuna.train.checkpoint import (
 )
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
-from lacuna.train.optimizer import check_warmup
+from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
@@ -114,11 +114,6 @@ def dry_run(config: FinetuneConfig, resume: str | None) -> None:
         console.print(f"would stop: {problem}")
 
 
-def count_steps(flat: SFTConfig, samples: int) -> int:
-    """Optimizer steps of the run."""
-    return flat.steps or math.ceil((flat.epochs or 1) * samples / flat.batch_size)
-
-
 def resolve_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, str]:
     """The config with its run folder, and what SFTConfig calls resume. Raises RunError: nothing to resume there.
 
@@ -180,7 +175,8 @@ def _finetune(
         write_provenance(folder, command, facts)
     causal_lm = load_frozen(config, flat, execution, tokenizer)
     model = add_adapter(causal_lm, config, execution.dtype)
-    check_disk(folder, sum(p.numel() for p in model.parameters() if p.requires_grad), BYTES_PER_PARAMETER)
+    if processes[0] == 0:
+        check_disk(folder, sum(p.numel() for p in model.parameters() if p.requires_grad), BYTES_PER_PARAMETER)
     model.chunked = prove_loss(causal_lm, execution.flatten_rows, config.training.packing)
     checkpointing = decide_checkpointing(config, model_config, execution)
     device = execution.device

@@ -22,12 +22,6 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 LENGTH, BATCH, ACCUMULATION, SEED = 512, 8, 2, 42
-TEMPLATE = (
-    "{%- for message in messages %}{%- if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{%- else %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
-)
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "TRL, its default": {"train_sampling_strategy": "sequential"},
     "TRL, grouped by length": {"train_sampling_strategy": "group_by_length"},
@@ -43,7 +37,7 @@ def make_work(folder: Path, steps: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from fixtures import WORDS, make_tokenizer
+    from fixtures import TRL_TEMPLATE, WORDS, make_tokenizer
     from lacuna.data.loader import row_order
 
     torch.manual_seed(0)
@@ -51,7 +45,7 @@ def make_work(folder: Path, steps: int) -> None:
     tokens = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 3, "vocab_size": 8192}
     config = Qwen3Config(num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, **shape, **tokens)
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    make_tokenizer(TEMPLATE).save_pretrained(folder / "model")
+    make_tokenizer(TRL_TEMPLATE).save_pretrained(folder / "model")
     generator = random.Random(0)
     rows = []
     for _ in range(steps * BATCH * ACCUMULATION):

@@ -39,7 +39,7 @@ from transformers import (
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 
-from fixtures import WORDS, make_tokenizer
+from fixtures import TRL_TEMPLATE, WORDS, make_tokenizer
 from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
@@ -48,12 +48,6 @@ from lacuna.runs.metrics import read_metrics
 from lacuna.train.start import train
 
 LENGTH = 512
-TRL_TEMPLATE = (
-    "{%- for message in messages %}{%- if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{%- else %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
-)
 Measure = Callable[[], tuple[float, float]]
 """Trains some steps; seconds a step (median without the first), loss of the first step."""
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import click
 
 from lacuna import __version__
-from lacuna.config.files import Layer, did_you_mean, flag_name, flatten, read_layer
+from lacuna.config.files import Layer, did_you_mean, flag_name, read_layer
 from lacuna.config.training import FLAT
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
+from lacuna.experiment.merge import leaves
 from lacuna.flags import FLAGS, config_files, config_options, resolve, shown
 
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,7 +86,7 @@ def finetune(
         settings["device"] = device
     config, origins = load_finetune(files, settings)
     if dry_run:
-        print_settings(dict(flatten(config.model_dump())), origins)
+        print_settings(dict(leaves(config.model_dump())), origins)
     from lacuna.data.hub import stay_offline_if_unreachable
 
     stay_offline_if_unreachable(config.as_sft())
@@ -148,7 +149,7 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
         del flags["verbose"]
         flat, origins = resolve(FLAT[name], files, flags)
         settings = flat.model_dump()
-    print_settings(dict(flatten(settings)), origins)
+    print_settings(dict(leaves(settings)), origins)
 
 
 def print_settings(settings: Mapping[str, object], origins: Mapping[str, Layer]) -> None:

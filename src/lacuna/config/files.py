@@ -3,11 +3,11 @@
 A layer is one file or the command line. Later layers win; every value knows the layer and line it came from.
 """
 
-import copy
 import difflib
 import re
+import reprlib
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
+from lacuna.experiment.merge import MISSING, get, leaves, merge, without
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -93,39 +94,15 @@ def merge_layers(
     values: dict[str, Any] = {}
     origins: dict[str, Layer] = {}
     for layer in layers:
-        given = dict(flatten(layer.values))
+        given = dict(leaves(layer.values))
         for pair in alternatives:
             for one, other in (pair, pair[::-1]):
-                if other not in given and given.get(one) is not None:
-                    _remove(values, other)
+                if other not in given and given.get(one) is not None and get(values, other) is not MISSING:
+                    values = without(values, other)
                     origins.pop(other, None)
-        _lay_over(values, layer.values)
+        values = merge(values, layer.values)
         origins = {path: origin for path, origin in origins.items() if path not in given} | dict.fromkeys(given, layer)
     return values, origins
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that is no mapping, or an empty one."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    for name, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(name), dict):
-            _lay_over(below[name], value)
-        else:
-            below[name] = copy.deepcopy(value)
-
-
-def _remove(values: dict[str, Any], path: str) -> None:
-    *sections, name = path.split(".")
-    for section in sections:
-        values = values[section] if isinstance(values.get(section), dict) else {}
-    values.pop(name, None)
 
 
 def flag_name(setting: str) -> str:
@@ -160,9 +137,10 @@ def _hidden_disagreements(model: type[BaseModel], values: Mapping[str, Any], err
     """Settings of a section that disagree are found only where none is wrong in itself: without the wrong ones."""
     if not all(len(details["loc"]) > 1 for details in error.errors()):
         return []
-    rest = copy.deepcopy(dict(values))
+    rest = dict(values)
     for details in error.errors():
-        _remove(rest, ".".join(map(str, details["loc"][:2])))
+        path = ".".join(map(str, details["loc"][:2]))
+        rest = without(rest, path) if get(rest, path) is not MISSING else rest
     try:
         model.model_validate(rest)
     except ValidationError as again:
@@ -198,7 +176,8 @@ def _problem(
         case _:
             given, message = details["input"], without_subject(details["msg"])
             message = "should be a mapping of settings" if details["type"] == "model_type" else message
-            return f"{where}{setting!r} is {given!r} ({type(given).__name__}): {message}"
+            value = reprlib.repr(given) if isinstance(given, dict | list) else repr(given)
+            return f"{where}{setting!r} is {value} ({type(given).__name__}): {message}"
 
 
 def _where_mentioned(line: str, origins: Mapping[str, Layer]) -> str:

@@ -4,15 +4,15 @@ Its sections and names are those of the YAML that users write; `as_sft` gives th
 whose data, evaluation and checkpoints it shares.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from lacuna.config.files import did_you_mean, flatten, setting_paths
-from lacuna.config.training import MAY_CHANGE_ON_RESUME, ModelPlace, Place, PositiveInt, SFTConfig
+from lacuna.config.files import did_you_mean, setting_paths
+from lacuna.config.training import MAY_CHANGE_ON_RESUME, STRICT, ModelPlace, Place, PositiveInt, SFTConfig
 from lacuna.errors import ConfigError
+from lacuna.experiment.merge import MISSING, get, leaves
 
 NotNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -45,14 +45,7 @@ FINETUNE_MAY_CHANGE = {IN_SFT[name] for name in MAY_CHANGE_ON_RESUME & IN_SFT.ke
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        defer_build=True,
-    )
+    model_config = STRICT
 
 
 class ModelSection(Section):
@@ -249,16 +242,14 @@ class FinetuneConfig(Section):
 
     def get(self, path: str) -> Any:
         """The value at a dotted path, such as `training.lora_r`. Raises ConfigError where there is no such setting."""
-        value: Any = self.model_dump()
-        for part in path.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise ConfigError(f"no setting {path!r}{did_you_mean(path, setting_paths(FinetuneConfig))}")
-            value = value[part]
+        value = get(self.model_dump(), path)
+        if value is MISSING:
+            raise ConfigError(f"no setting {path!r}{did_you_mean(path, setting_paths(FinetuneConfig))}")
         return value
 
     def settings(self, devices: int = 1) -> dict[str, Any]:
         """Dotted path to value; what makes up a batch as one number, because how it is made up does not matter."""
-        flat = dict(flatten(self.model_dump()))
+        flat = dict(leaves(self.model_dump()))
         batch = flat.pop("training.batch_size") * flat.pop("training.gradient_accumulation_steps") * devices
         return {**flat, BATCH: batch}
 
@@ -268,7 +259,8 @@ class FinetuneConfig(Section):
     def as_sft(self, devices: int = 1, resume: str = "auto") -> SFTConfig:
         """The same in the names of our own loop. A row of its batches is one sample."""
         training = self.training
-        values = {name: self.get(path) for name, path in IN_SFT.items()}
+        dumped = self.model_dump()
+        values = {name: get(dumped, path) for name, path in IN_SFT.items()}
         warmup_share = 0.03 if training.warmup_steps is training.warmup_share is None else training.warmup_share
         values |= {
             "batch_size": training.batch_size * training.gradient_accumulation_steps * devices,

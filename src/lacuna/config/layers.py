@@ -8,6 +8,7 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
+from lacuna.experiment.merge import merge, nested, prefixes
 
 SET = "--set"
 
@@ -44,11 +45,8 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path, value in settings.items():
-        *sections, name = path.split(".")
-        inner = values
-        for section in sections:
-            inner = inner.setdefault(section, {})
-            if not isinstance(inner, dict):
+        for section in prefixes(path)[:-1]:
+            if not isinstance(settings.get(section, {}), dict):
                 raise ConfigError(f"{SET} {path}: {section!r} has a value already")
-        inner[name] = value
+        values = merge(values, nested(path, value))
     return values

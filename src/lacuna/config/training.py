@@ -8,6 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+STRICT = ConfigDict(
+    strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
+)
+"""How the config of every run is read."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Place = Annotated[str, Field(min_length=1)]
 """Of data or a run: a path, or a hub name."""
@@ -28,14 +33,7 @@ MAY_CHANGE_ON_RESUME = {
 class TrainingConfig(BaseModel):
     """What pretraining and SFT share."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        defer_build=True,
-    )
+    model_config = STRICT
 
     model_name: ModelPlace
     """Hugging Face model: a hub name, or a folder with config.json and tokenizer files."""

@@ -7,9 +7,8 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lacuna.config.files import did_you_mean
@@ -20,8 +19,8 @@ from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
 from lacuna.train.model import (
     Execution,
-    cannot_load,
     check_loaded,
+    load_weights,
     stop_at_end_of_turn,
     supervised_loss,
     transformer_blocks,
@@ -77,21 +76,10 @@ def load_frozen(
         settings["quantization_config"] = quantisation(config.training, execution.dtype)
         if execution.device.type != "cpu":
             settings["device_map"] = {"": execution.device.type}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="bitsandbytes")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                flat.model_name,
-                revision=flat.model_revision or "main",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **settings,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_load(flat, "its weights cannot be loaded", error) from error
-    model, information = loaded
-    check_loaded(flat, model, information["missing_keys"], tokenizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="bitsandbytes")
+        model, missing = load_weights(flat, settings)
+    check_loaded(flat, model, missing, tokenizer)
     if config.training.method == "qlora":
         _keep_as_loaded(model)
         return cast(PreTrainedModel, model)

@@ -133,7 +133,7 @@ class RunFolderCallback(TrainerCallback):
             "tokens": self.tokens,
             "targets": done.targets,
             "epoch": done.batch.position["epoch"] + done.batch.position["row"] / len(rows),
-            **self.window.speed(self.peak_flops()),
+            **self.window.speed(self.prepared.execution.peak_flops),
             **peak_memory(self.prepared.execution),
         }
         values["tokens_per_second"] *= self.trainer.steps.processes
@@ -143,10 +143,6 @@ class RunFolderCallback(TrainerCallback):
             self.written.track(step, values)
             self.progress.show({"step": step, **values})
             write_status(self.prepared.folder, "running", step, self.prepared.total_steps, loss=loss)
-
-    def peak_flops(self) -> float | None:
-        execution = self.prepared.execution
-        return execution.device.peak_bf16_flops if execution.dtype == torch.bfloat16 else None
 
     def validate(self, step: int) -> None:
         rows, steps = self.prepared.validation_rows, self.trainer.steps

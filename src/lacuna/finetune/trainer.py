@@ -65,9 +65,7 @@ def make_trainer(
     TRL looks at one sample of a data set when it starts; the others reach it by get_train_dataloader.
     """
     execution = prepared.execution
-    padding = prepared.tokenizer.pad_token_id
-    padding = padding if padding is not None else prepared.tokenizer.eos_token_id
-    layout = Layout(flat.micro_batch_size, config.training.packing, padding or 0, execution.flatten_rows)
+    layout = Layout(flat.micro_batch_size, config.training.packing, prepared.padding, execution.flatten_rows)
     schedule = config.training.scheduler
     arguments = TrlConfig(
         output_dir=str(prepared.folder),

@@ -63,6 +63,13 @@ class Prepared:
     fingerprint: str
     resume_from: Path | None
 
+    @property
+    def padding(self) -> int:
+        """The token that fills rows up; it is never attended to and never learned."""
+        token = self.tokenizer.pad_token_id
+        token = token if token is not None else self.tokenizer.eos_token_id
+        return token or 0
+
 
 def train_steps(
     config: TrainingConfig, prepared: Prepared, model: LossModel, console: Console, stop: StopRequest
@@ -74,7 +81,6 @@ def train_steps(
     execution, folder, total_steps = prepared.execution, prepared.folder, prepared.total_steps
     optimizer = make_optimizer(model, config)
     flops = model_flops(model.causal_lm, config.sequence_length)
-    peak_flops = execution.device.peak_bf16_flops if execution.dtype == torch.bfloat16 else None
     regular = regular_saves(config.save_every, total_steps)
     writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, regular)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
@@ -146,7 +152,7 @@ def train_steps(
                 values = {
                     "loss": sum(loss_parts), "learning_rate": learning_rate, "gradient_norm": norm_value,
                     "tokens": tokens, "targets": targets, "epoch": position["epoch"],
-                    **window.speed(peak_flops), **peak_memory(execution),
+                    **window.speed(execution.peak_flops), **peak_memory(execution),
                 }  # fmt: skip
                 log.write({"step": step, **values})
                 track(step, values)
@@ -174,11 +180,11 @@ def read_batches(
 
 def collate_batch(config: TrainingConfig, prepared: Prepared, rows: list[PackedRow]) -> list[MicroBatch]:
     """Rows of an optimizer step → forward passes; padded to one length where compilation would trip over many."""
-    padding = prepared.tokenizer.pad_token_id
-    padding = padding if padding is not None else prepared.tokenizer.eos_token_id
     length = config.sequence_length if prepared.execution.compile else None
     return [
-        collate(rows[start : start + config.micro_batch_size], padding or 0, length, prepared.execution.flatten_rows)
+        collate(
+            rows[start : start + config.micro_batch_size], prepared.padding, length, prepared.execution.flatten_rows
+        )
         for start in range(0, len(rows), config.micro_batch_size)
     ]
 

@@ -42,6 +42,11 @@ class Execution:
     compile: bool
 
     @property
+    def peak_flops(self) -> float | None:
+        """Of the device in this precision; None where it is not known."""
+        return self.device.peak_bf16_flops if self.dtype == torch.bfloat16 else None
+
+    @property
     def flatten_rows(self) -> bool:
         """transformers' flash attention tells documents apart only in a batch of one row."""
         return self.attention.startswith("flash_attention")
@@ -79,7 +84,7 @@ def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model_name, **_source(config))
     except (OSError, ValueError) as error:
-        raise cannot_load(config, "no tokenizer could be loaded", error) from error
+        raise _cannot_load(config, "no tokenizer could be loaded", error) from error
     if tokenizer.vocab_size < 2:
         raise ModelError(f"{config.model_name}: no tokenizer could be loaded: there is none in it")
     if not tokenizer.is_fast:
@@ -98,7 +103,7 @@ def load_model_config(config: TrainingConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(config.model_name, **_source(config))
     except (OSError, ValueError) as error:
-        raise cannot_load(config, "no model could be found", error) from error
+        raise _cannot_load(config, "no model could be found", error) from error
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise ModelError(
@@ -130,7 +135,7 @@ def _check_model_name(config: TrainingConfig) -> None:
         raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
 
 
-def cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
+def _cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
     """The same words for the tokenizer, the config and the weights where the hub has no such model at all."""
     name, cause = config.model_name, error.__cause__
     if isinstance(cause, GatedRepoError):
@@ -160,21 +165,22 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False, **settings)
         missing: Collection[str] = ()
     else:
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                config.model_name,
-                use_safetensors=True,
-                output_loading_info=True,
-                **_source(config),
-                **settings,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise cannot_load(config, "its weights cannot be loaded", error) from error
-        model, information = loaded
-        missing = information["missing_keys"]
+        model, missing = load_weights(config, settings)
     check_loaded(config, model, missing, tokenizer)
     prepared: PreTrainedModel = model.to(execution.device.type)
     return prepared
+
+
+def load_weights(config: TrainingConfig, settings: dict[str, Any]) -> tuple[Any, Collection[str]]:
+    """The model with its weights, from safetensors only, and the names of those that are missing. Raises ModelError."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.model_name, use_safetensors=True, output_loading_info=True, **_source(config), **settings
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(config, "its weights cannot be loaded", error) from error
+    model, information = loaded
+    return model, information["missing_keys"]
 
 
 def check_loaded(

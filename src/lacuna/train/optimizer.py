@@ -27,6 +27,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
+def count_steps(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a run over so many rows; a last batch of all epochs may be a short one."""
+    return config.steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+
+
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
     """Steps of linear warmup, from whichever setting gives them."""
     if config.warmup_steps is not None:

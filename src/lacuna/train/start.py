@@ -1,6 +1,5 @@
 """From a config to a running loop: everything that can fail is tried here, the cheap things first."""
 
-import math
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import write_config, write_provenance
 from lacuna.train.loop import Prepared, make_loss_model, train_steps
 from lacuna.train.model import load_model, load_model_config, load_tokenizer, resolve_execution
-from lacuna.train.optimizer import check_warmup
+from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.session import (
     check_disk,
     check_resume_path,
@@ -69,7 +68,7 @@ def _train(config: TrainingConfig, folder: Path, command: list[str], console: Co
             validation_rows, _ = load_rows(config.model_copy(update=alone), renderer, console.print)
     else:
         rows, validation_rows = load_rows(config, renderer, console.print)
-    total_steps = config.steps or math.ceil((config.epochs or 1) * len(rows or []) / config.batch_size)
+    total_steps = count_steps(config, len(rows or []))
     check_warmup(config, total_steps)
     fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     precision = str(execution.dtype)

@@ -5,12 +5,13 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
 from lacuna import __version__
 from lacuna.config.files import Layer, did_you_mean, flag_name, read_layer
-from lacuna.config.training import FLAT
+from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.experiment.merge import leaves
 from lacuna.flags import FLAGS, config_files, config_options, resolve, shown
@@ -21,6 +22,9 @@ YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
     config, _ = resolve(FLAT[name], config_files(files), flags)
+    if starts_processes(config.gpus):
+        launch_processes(name, config)
+        return
     from lacuna.data.hub import stay_offline_if_unreachable
 
     stay_offline_if_unreachable(config)
@@ -30,6 +34,20 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None])
     except ModuleNotFoundError as error:
         raise MissingExtraError("train", error.name or "torch") from error
     train(config, [*sys.argv])
+
+
+def starts_processes(gpus: int) -> bool:
+    """Whether this command is to start the processes that train; under torchrun it is one of them."""
+    return gpus > 1 and "LOCAL_RANK" not in os.environ
+
+
+def launch_processes(name: str, config: TrainingConfig) -> None:
+    try:
+        from lacuna.launch.local import launch
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("train", error.name or "torch") from error
+    words = sys.argv[1:] if Path(sys.argv[0]).stem in ("lacuna", "__main__") else [name, *sys.argv[1:]]
+    launch(words, config.gpus, config.max_restarts, config.device, config.output_dir)
 
 
 HELP = {"max_content_width": 110}
@@ -90,6 +108,9 @@ def finetune(
     from lacuna.data.hub import stay_offline_if_unreachable
 
     stay_offline_if_unreachable(config.as_sft())
+    if starts_processes(config.gpus) and not dry_run:
+        launch_processes("finetune", config.as_sft())
+        return
     os.environ.setdefault(*YIELDING_THREADS)
     try:
         from lacuna.finetune.start import dry_run as check_only
@@ -257,7 +278,8 @@ def run(command: click.Command) -> None:
             click.echo(f"error: {problem}", err=True)
         sys.exit(2)
     except Interrupted as interruption:
-        click.echo(f"\n{interruption}", err=True)
+        if message := str(interruption):
+            click.echo(f"\n{message}", err=True)
         sys.exit(128 + interruption.signal_number)
 
 

@@ -6,6 +6,7 @@ LacunaError            exit 2, one message, no traceback
 ├── ModelError         a model folder or name, its tokenizer, or what the model cannot do
 ├── RunError           the run folder: in use, of another run, damaged, disk full
 ├── NonFiniteLossError training diverged; the last checkpoint is untouched
+├── LostProcessError   another process of the run has ended; its own message says why
 └── MissingExtraError  an optional dependency is not installed
 Interrupted            exit 128 + signal: stopped on request, everything is saved
 """
@@ -39,6 +40,10 @@ class RunError(LacunaError):
 
 class NonFiniteLossError(LacunaError):
     """The loss or the gradient is not a number; the optimizer has not moved."""
+
+
+class LostProcessError(LacunaError):
+    """Another process of the run has ended; its own message says why."""
 
 
 class MissingExtraError(LacunaError):

@@ -27,7 +27,8 @@ IN_SFT = {
     "micro_batch_size": "training.batch_size", "epochs": "training.num_epochs", "steps": "training.max_steps",
     "learning_rate": "training.learning_rate", "warmup_share": "training.warmup_share",
     "warmup_steps": "training.warmup_steps", "weight_decay": "training.weight_decay",
-    "max_gradient_norm": "training.max_gradient_norm", "seed": "training.seed", "device": "device",
+    "max_gradient_norm": "training.max_gradient_norm", "seed": "training.seed", "device": "device", "gpus": "gpus",
+    "max_restarts": "max_restarts",
     "precision": "training.precision", "attention": "training.attention",
     "activation_checkpointing": "training.gradient_checkpointing", "log_every": "training.logging_steps",
     "evaluate_every": "training.eval_steps", "save_every": "training.save_steps", "keep_best": "training.keep_best",
@@ -215,6 +216,11 @@ class FinetuneConfig(Section):
     training: TrainingSection = TrainingSection()
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, else MPS, else CPU."""
+    gpus: PositiveInt = 1
+    """Processes on this machine, one for each GPU, each with the whole model; several start themselves under torchrun.
+    """
+    max_restarts: NotNegativeInt = 3
+    """How often a run with gpus > 1 starts again from its last checkpoint after a process of it died."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -247,7 +253,7 @@ class FinetuneConfig(Section):
             raise ConfigError(f"no setting {path!r}{did_you_mean(path, setting_paths(FinetuneConfig))}")
         return value
 
-    def settings(self, devices: int = 1) -> dict[str, Any]:
+    def settings(self, devices: int) -> dict[str, Any]:
         """Dotted path to value; what makes up a batch as one number, because how it is made up does not matter."""
         flat = dict(leaves(self.model_dump()))
         batch = flat.pop("training.batch_size") * flat.pop("training.gradient_accumulation_steps") * devices
@@ -256,14 +262,14 @@ class FinetuneConfig(Section):
     def with_output_dir(self, output_dir: str) -> "FinetuneConfig":
         return self.model_copy(update={"training": self.training.model_copy(update={"output_dir": output_dir})})
 
-    def as_sft(self, devices: int = 1, resume: str = "auto") -> SFTConfig:
-        """The same in the names of our own loop. A row of its batches is one sample."""
+    def as_sft(self, devices: int | None = None, resume: str = "auto") -> SFTConfig:
+        """The same in the names of our own loop. A row of its batches is one sample. devices: if not gpus."""
         training = self.training
         dumped = self.model_dump()
         values = {name: get(dumped, path) for name, path in IN_SFT.items()}
         warmup_share = 0.03 if training.warmup_steps is training.warmup_share is None else training.warmup_share
         values |= {
-            "batch_size": training.batch_size * training.gradient_accumulation_steps * devices,
+            "batch_size": training.batch_size * training.gradient_accumulation_steps * (devices or self.gpus),
             "epochs": None if training.max_steps else training.num_epochs,
             "output_dir": training.output_dir or default_output_dir(self.model.path, ""),
             "validation_share": self.dataset.validation_share or None,

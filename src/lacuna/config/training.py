@@ -23,9 +23,9 @@ ALTERNATIVES = [("epochs", "steps"), ("warmup_share", "warmup_steps"), ("validat
 """Settings that exclude each other; where a later layer gives one, it replaces an earlier layer's other."""
 
 MAY_CHANGE_ON_RESUME = {
-    "output_dir", "resume", "device", "attention", "compile", "activation_checkpointing", "micro_batch_size",
-    "log_every", "evaluate_every", "save_every", "keep_best", "keep_last", "final_weights", "tracker",
-    "tracker_project",
+    "output_dir", "resume", "device", "gpus", "max_restarts", "sharding", "attention", "compile",
+    "activation_checkpointing", "micro_batch_size", "log_every", "evaluate_every", "save_every", "keep_best",
+    "keep_last", "final_weights", "tracker", "tracker_project",
 }  # fmt: skip
 """What leaves the sequence of samples and the mathematics of a run as they are."""
 
@@ -66,9 +66,9 @@ class TrainingConfig(BaseModel):
     packing: bool = True
     """Fill rows with several documents, which never see each other; otherwise one padded document a row."""
     batch_size: PositiveInt = 64
-    """Rows in an optimizer step."""
+    """Rows in an optimizer step, over all processes."""
     micro_batch_size: PositiveInt = 4
-    """Rows in a forward pass; the rest of the batch is gradient accumulation."""
+    """Rows in a forward pass of a process; the rest of the batch is gradient accumulation."""
     epochs: PositiveInt | None = None
     """Passes over the data. Either this or steps."""
     steps: PositiveInt | None = None
@@ -93,6 +93,12 @@ class TrainingConfig(BaseModel):
     """Fixes initial weights, split, order of the samples and dropout."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, else MPS, else CPU."""
+    gpus: PositiveInt = 1
+    """Processes on this machine, one for each GPU; more than one start themselves under torchrun."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often a run with gpus > 1 starts again from its last checkpoint after a process of it died."""
+    sharding: Literal["full", "hybrid"] = "full"
+    """What is split among processes is split over all, or (hybrid) within a node and repeated on every node."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16: computation in bf16, weights and optimizer in fp32. auto: bf16 on accelerators, fp32 on CPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -155,6 +161,10 @@ class TrainingConfig(BaseModel):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}: "
                 f"try --micro-batch-size {_largest_divisor(self.batch_size, self.micro_batch_size)}"
             )
+        if self.batch_size < self.gpus:
+            problems.append(f"batch_size {self.batch_size} leaves some of {self.gpus} gpus without a row: raise it")
+        if self.gpus == 1 and self.changed_from_default("max_restarts"):
+            problems.append("max_restarts is for gpus > 1; under torchrun, give it --max-restarts")
         if self.validation_dataset is None and self.validation_share is None:
             unused = self.changed_from_default("evaluate_every", "final_weights", "keep_best", "validation_split")
             if unused := [name for name in unused if (name, self.keep_best) != ("keep_best", 0)]:

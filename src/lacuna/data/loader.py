@@ -71,6 +71,15 @@ class Batch:
     rows: list[PackedRow]
     position: Position
 
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample.tokens) for row in self.rows for sample in row)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned from the ones before them."""
+        return sum(int(sample.supervised[1:].sum()) for row in self.rows for sample in row)
+
 
 def pack_samples(samples: Sequence[Sample], sequence_length: int, packing: bool) -> PackedRows:
     """Put samples of at most sequence_length tokens into rows: packed, or one in each."""

@@ -17,10 +17,9 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
+from lacuna.train.loading import check_loaded, load_weights
 from lacuna.train.model import (
     Execution,
-    check_loaded,
-    load_weights,
     stop_at_end_of_turn,
     supervised_loss,
     transformer_blocks,

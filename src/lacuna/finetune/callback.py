@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,7 +19,7 @@ from lacuna.finetune.trainer import AdapterTrainer
 from lacuna.runs.folder import write_status
 from lacuna.runs.metrics import MetricsLog, validation_losses
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, tensors_of
-from lacuna.train.loop import Prepared, loss_sums, non_finite, peak_memory
+from lacuna.train.loop import Prepared, dropout_seed, mean_loss, peak_memory, raise_non_finite
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.optimizer import learning_rate_at
 from lacuna.train.progress import TrainingProgress
@@ -55,7 +54,8 @@ class RunFolderCallback(TrainerCallback):
         self.console, self.stop, self.progress, self.written = console, stop, progress, written
         self.state = start
         self.flops = model_flops(self.model.causal_lm, flat.sequence_length)
-        self.window, self.tokens, self.norm = Window(), start.tokens, 0.0
+        self.world = prepared.world
+        self.window, self.tokens, self.loss, self.norm = Window(), start.tokens, 0.0, 0.0
         self.started = 0.0
         self.validation_loss = start.validation_loss
 
@@ -79,32 +79,31 @@ class RunFolderCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Dropout is a function of seed, step and process, so that nothing of it needs to be saved."""
         self.started = time.perf_counter()
-        source = np.random.SeedSequence([self.flat.seed, state.global_step, self.trainer.steps.process])
-        torch.manual_seed(int(source.generate_state(1)[0]))
+        torch.manual_seed(dropout_seed(self.flat.seed, state.global_step, self.world.rank))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.flat.max_gradient_norm)
-        *losses, self.norm = torch.stack([*self.trainer.losses, norm.to(self.trainer.losses[0].device)]).tolist()
-        if not math.isfinite(sum(losses)) or not math.isfinite(self.norm):
+        losses = self.trainer.losses
+        total = self.world.total(torch.stack(losses).sum()) / self.world.size
+        self.loss, self.norm = torch.stack([total, norm.to(total.device)]).tolist()
+        if not math.isfinite(self.loss) or not math.isfinite(self.norm):
             self.finish_saving()
             step = self.trainer.step
             assert step is not None
-            raise non_finite(
-                state.global_step + 1, step.batch, step.passes, losses, self.norm, self.prepared, self.flat
-            )
+            number = state.global_step + 1
+            raise_non_finite(number, step.batch, step.passes, losses, self.norm, self.prepared, self.flat)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, done = state.global_step, self.trainer.step
         assert done is not None
         self.window.seconds += time.perf_counter() - self.started + done.seconds
         self.window.data_seconds += done.seconds
-        self.window.add(done.passes, self.flops, self.flat.sequence_length)
-        self.tokens += done.tokens
+        self.window.add(done.passes, self.flops, self.flat.sequence_length, done.batch.tokens)
+        self.tokens += done.batch.tokens
         self.validation_loss = None
         self.progress.advance(step)
         if self.due(step, self.flat.log_every) or step == 1:
@@ -121,55 +120,50 @@ class RunFolderCallback(TrainerCallback):
         return any(self.due(step, steps) for steps in every)
 
     def write_metrics(self, step: int, done: Step) -> None:
-        loss = self.over_processes(float(torch.stack(self.trainer.losses).sum())) / self.trainer.steps.processes
         rows = self.prepared.train_rows
         assert rows is not None
         values = {
-            "loss": loss,
+            "loss": self.loss,
             "learning_rate": learning_rate_at(
                 step, self.prepared.total_steps, self.flat, self.config.training.scheduler
             ),
             "gradient_norm": self.norm,
             "tokens": self.tokens,
-            "targets": done.targets,
+            "targets": done.batch.targets,
             "epoch": done.batch.position["epoch"] + done.batch.position["row"] / len(rows),
             **self.window.speed(self.prepared.execution.peak_flops),
             **peak_memory(self.prepared.execution),
         }
-        values["tokens_per_second"] *= self.trainer.steps.processes
         self.window = Window()
         if self.written is not None:
             self.written.log.write({"step": step, **values})
             self.written.track(step, values)
             self.progress.show({"step": step, **values})
-            write_status(self.prepared.folder, "running", step, self.prepared.total_steps, loss=loss)
+            write_status(
+                self.prepared.folder, "running", step, self.prepared.total_steps, loss=self.loss,
+                tokens_per_second=values["tokens_per_second"],
+            )  # fmt: skip
 
     def validate(self, step: int) -> None:
-        rows, steps = self.prepared.validation_rows, self.trainer.steps
+        rows = self.prepared.validation_rows
         if rows is None:
             return
-        mine = list(range(len(rows)))[steps.process :: steps.processes]
-        chunks = (mine[start : start + VALIDATED_TOGETHER] for start in range(0, len(mine), VALIDATED_TOGETHER))
-        samples = ([sample for index in chunk for sample in rows.row(index)] for chunk in chunks)
-        passes = (micro for chunk in samples for micro in steps.layout.passes(chunk))
-        sums = loss_sums(passes, self.model, self.prepared, self.stop if steps.processes == 1 else StopRequest())
-        if sums is None:
+        together = VALIDATED_TOGETHER * self.world.size
+        starts = range(0, len(rows), together)
+        chunks = ([rows.row(index) for index in range(len(rows))[start:][:together]] for start in starts)
+        samples = ([sample for row in self.world.share(chunk) for sample in row] for chunk in chunks)
+        passes = (self.trainer.steps.layout.passes(chunk) for chunk in samples)
+        self.validation_loss = mean_loss(passes, self.model, self.prepared, self.stop)
+        if self.validation_loss is None:
             return
-        total, targets = (self.over_processes(value) for value in sums)
-        self.validation_loss = total / max(targets, 1)
         if self.written is not None:
             self.written.log.write({"step": step, "validation_loss": self.validation_loss})
             self.written.track(step, {"validation_loss": self.validation_loss})
             self.console.print(f"step {step}/{self.prepared.total_steps} | validation loss {self.validation_loss:.4f}")
 
-    def over_processes(self, value: float) -> float:
-        if self.trainer.steps.processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.trainer.accelerator.device)
-        return float(self.trainer.accelerator.reduce(tensor))
-
-    def asked_to_stop(self) -> bool:
-        return self.over_processes(float(bool(self.stop))) > 0
+    def asked_to_stop(self) -> int:
+        """The signal that any process got; 0 without."""
+        return self.world.greatest(self.stop.signal_number or 0, self.prepared.execution.device.type)
 
     def save(self, step: int, done: Step) -> None:
         if self.written is not None:
@@ -180,14 +174,13 @@ class RunFolderCallback(TrainerCallback):
             self.written.checkpoints.save(tensors_of(self.model, self.optimizer), self.state)
 
     def finish_saving(self) -> None:
-        if self.written is not None:
-            self.written.checkpoints.wait()
+        self.world.first(lambda: self.written.checkpoints.wait() if self.written is not None else None)
 
-    def stop_if_asked(self, step: int, asked: bool) -> None:
+    def stop_if_asked(self, step: int, asked: int) -> None:
         if asked:
             self.finish_saving()
             saved = f"after step {step}, which is saved" if step else "before the first step"
-            raise Interrupted(self.stop.signal_number or 0, f"stopped {saved}")
+            raise Interrupted(asked, f"stopped {saved}")
 
 
 def epoch_line(epochs: int, metrics: Mapping[str, float], left: str) -> str:

@@ -16,11 +16,11 @@ from lacuna.errors import ConfigError, LacunaError
 from lacuna.finetune.adapters import check_quantisation, target_modules
 from lacuna.platform import memory
 from lacuna.platform.detect import Device, choose_device
+from lacuna.train.distributed import World, check_world
+from lacuna.train.loading import load_model_config, load_tokenizer
 from lacuna.train.model import (
     Execution,
     flash_attention_works,
-    load_model_config,
-    load_tokenizer,
     resolve_execution,
 )
 from lacuna.train.session import check_resume_path, together
@@ -53,7 +53,9 @@ def in_own_words(text: str) -> str:
     return text
 
 
-def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tuple[SFTConfig, Any, Any, Execution]:
+def check_before(
+    config: FinetuneConfig, flat: SFTConfig, report: Report, world: World
+) -> tuple[SFTConfig, Any, Any, Execution]:
     """What costs seconds, all of it together: settings as this machine can run them, tokenizer, model config, device.
 
     Raises ConfigError with everything that is wrong.
@@ -66,8 +68,9 @@ def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report) -> tup
         lambda: _tokenizer(config, flat, report),
         lambda: _model_config(config, flat),
         lambda: resolve_execution(flat, device),
+        lambda: check_world(flat, world, device.type),
         lambda: check_data_settings(flat),
-        lambda: check_tracker(flat, report),
+        lambda: check_tracker(flat, report) if world.is_first else None,
         lambda: check_quantisation(config, device),
         lambda: check_resume_path(flat),
     )[:3]

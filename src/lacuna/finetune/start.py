@@ -1,7 +1,6 @@
 """From a finetune config to a trained adapter."""
 
 import math
-import os
 import re
 import shutil
 import time
@@ -9,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import TextColumn
 
@@ -17,7 +15,7 @@ from lacuna.config.finetune import FinetuneConfig, default_output_dir
 from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import load_rows
-from lacuna.errors import ConfigError, LacunaError, RunError
+from lacuna.errors import LacunaError, RunError
 from lacuna.finetune.adapters import add_adapter, describe, load_frozen, save_adapter
 from lacuna.finetune.callback import RunFolderCallback, Written, epoch_line
 from lacuna.finetune.checks import (
@@ -41,6 +39,7 @@ from lacuna.train.checkpoint import (
     restore,
     restore_weights,
 )
+from lacuna.train.distributed import World, join, load_once
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
@@ -60,24 +59,18 @@ def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command:
     training.output_dir already. verbose: every step's metrics. command: what the user typed.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and config.training.output_dir is None:
-        raise ConfigError("training.output_dir: several processes must agree on it: set it")
-    config, resume_from = resolve_folder(config, resume)
-    flat = config.as_sft(processes, resume_from)
-    if verbose:
-        flat = flat.model_copy(update={"log_every": 1})
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with join() as world, own_words():
+        config, resume_from = world.first(lambda: resolve_folder(config, resume))
+        flat = config.as_sft(world.size, resume_from)
+        if verbose:
+            flat = flat.model_copy(update={"log_every": 1})
 
-    def work(folder: Path, console: Console, stop: StopRequest) -> None:
-        with own_words():
-            _finetune(config, flat, folder, command, console, stop, (process, processes))
-        console.print(f"adapter: {folder / 'final'}")
+        def work(folder: Path, console: Console, stop: StopRequest) -> None:
+            _finetune(config, flat, folder, command, console, stop, world)
+            console.print(f"adapter: {folder / 'final'}")
 
-    resume_with = resume_command(_without_resume(command), "--resume", str(flat.output_dir))
-    with own_words():
-        supervise(config, flat, resume_with, lambda: out_of_memory(config, flat), work, process, processes)
+        resume_with = resume_command(_without_resume(command), config.gpus, "--resume", str(flat.output_dir))
+        supervise(config, flat, resume_with, lambda: out_of_memory(config, flat), work, world)
 
 
 def dry_run(config: FinetuneConfig, resume: str | None) -> None:
@@ -99,7 +92,7 @@ def dry_run(config: FinetuneConfig, resume: str | None) -> None:
         flat = config.as_sft()
     try:
         with own_words():
-            flat, tokenizer, model_config, execution = check_before(config, flat, report)
+            flat, tokenizer, model_config, execution = check_before(config, flat, report, World())
             shape = memory.model_shape(model_config.to_dict())
             if shape is not None:
                 step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
@@ -147,37 +140,43 @@ def _without_resume(command: list[str]) -> list[str]:
 
 def prepare(
     config: FinetuneConfig, flat: SFTConfig, folder: Path, tokenizer: Any, execution: Execution, console: Console,
-    processes: int,
+    world: World,
 ) -> Prepared:  # fmt: skip
     """Read and tokenise the data, and find the checkpoint to go on from."""
     renderer = Renderer(tokenizer)
-    rows, validation_rows = load_rows(flat, renderer, lambda text: console.print(in_own_words(text)))
+    rows, validation_rows = load_once(
+        world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)))
+    )
     total_steps = count_steps(flat, len(rows))
     check_warmup(flat, total_steps)
     fingerprint = rows.fingerprint()
-    settings = config.settings(processes)
-    found = find_checkpoint(config, flat, folder, settings, fingerprint, str(execution.dtype), console)
-    return Prepared(folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found)
+    settings = config.settings(world.size)
+    found = world.first(
+        lambda: find_checkpoint(config, flat, folder, settings, fingerprint, str(execution.dtype), console)
+    )
+    return Prepared(
+        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found, world
+    )
 
 
 def _finetune(
     config: FinetuneConfig, flat: SFTConfig, folder: Path, command: list[str], console: Console, stop: StopRequest,
-    processes: tuple[int, int],
+    world: World,
 ) -> None:  # fmt: skip
     def report(text: str) -> None:
         console.print(in_own_words(text))
 
-    flat, tokenizer, model_config, execution = check_before(config, flat, report)
-    prepared = prepare(config, flat, folder, tokenizer, execution, console, processes[1])
-    if processes[0] == 0:
+    flat, tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, report, world))
+    prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
+    if world.is_first:
         write_config(folder, config)
-        facts = {"device": execution.device.name, "devices": processes[1], "data_sha256": prepared.fingerprint}
+        facts = {"device": execution.device.name, "devices": world.size, "data_sha256": prepared.fingerprint}
         write_provenance(folder, command, facts)
-    causal_lm = load_frozen(config, flat, execution, tokenizer)
-    model = add_adapter(causal_lm, config, execution.dtype)
-    if processes[0] == 0:
-        check_disk(folder, sum(p.numel() for p in model.parameters() if p.requires_grad), BYTES_PER_PARAMETER)
-    model.chunked = prove_loss(causal_lm, execution.flatten_rows, config.training.packing)
+    causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
+    model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))
+    model.chunked = world.agreed(lambda: prove_loss(causal_lm, execution.flatten_rows, config.training.packing))
     checkpointing = decide_checkpointing(config, model_config, execution)
     device = execution.device
     console.print(
@@ -189,12 +188,12 @@ def _finetune(
     if (shape := memory.model_shape(model_config.to_dict())) is not None and device.type != "cpu":
         console.print(f"memory of a step: {memory.describe(shape, memory_step(config, execution, checkpointing))}")
     optimizer = make_adapter_optimizer(config, flat, model, device.type)
-    settings = config.settings(processes[1])
+    settings = config.settings(world.size)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, settings)
     if prepared.resume_from is not None:
         state = restore(prepared.resume_from, model, optimizer)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {prepared.total_steps})")
-    trainer = make_trainer(config, flat, prepared, model, state, optimizer, checkpointing, processes)
+    trainer = make_trainer(config, flat, prepared, model, state, optimizer, checkpointing)
     rows = len(prepared.train_rows or ())
     epochs = flat.epochs or math.ceil(prepared.total_steps * flat.batch_size / rows)
 
@@ -207,7 +206,7 @@ def _finetune(
     with ExitStack() as stack:
         progress = stack.enter_context(TrainingProgress(console, prepared.total_steps, state.step, line, columns))
         written = None
-        if processes[0] == 0:
+        if world.is_first:
             written = open_written(stack, config, flat, folder, state.step if prepared.resume_from else -1, regular)
         around = RunFolderCallback(config, flat, prepared, trainer, optimizer, state, console, stop, progress, written)
         trainer.add_callback(around)
@@ -215,10 +214,8 @@ def _finetune(
             trainer.train()
         else:
             around.begin()
-        if written is not None:
-            written.checkpoints.wait()
-    if processes[0] == 0:
-        write_final(flat, model, prepared, regular, console)
+        around.finish_saving()
+    world.first(lambda: write_final(flat, model, prepared, regular, console))
 
 
 def open_written(

@@ -21,11 +21,8 @@ class Step:
     """One optimizer step's samples, as the forward passes of this process."""
 
     batch: Batch
+    """Of all processes."""
     passes: list[MicroBatch]
-    targets: int
-    """Supervised tokens over all processes."""
-    tokens: int
-    """Tokens over all processes."""
     seconds: float
     """What it took to lay them out."""
 
@@ -63,11 +60,8 @@ class Layout:
 class Steps(IterableDataset[Step]):
     """The optimizer steps of a run from a position on, and this process' share of each."""
 
-    def __init__(
-        self, config: SFTConfig, prepared: Prepared, layout: Layout, position: Any, process: int, processes: int
-    ) -> None:
+    def __init__(self, config: SFTConfig, prepared: Prepared, layout: Layout, position: Any) -> None:
         self.config, self.prepared, self.layout, self.position = config, prepared, layout, position
-        self.process, self.processes = process, processes
 
     def __iter__(self) -> Iterator[Step]:
         rows = self.prepared.train_rows
@@ -79,14 +73,6 @@ class Steps(IterableDataset[Step]):
             batch = next(source, None)
             if batch is None:
                 return
-            samples = [sample for row in batch.rows for sample in row]
-            share = samples[self.process :: self.processes] or [_without_targets(samples[0])]
-            passes = self.layout.passes(share)
-            targets = sum(int(sample.supervised[1:].sum()) for sample in samples)
-            tokens = sum(len(sample.tokens) for sample in samples)
-            yield Step(batch, passes, targets, tokens, time.perf_counter() - started)
-
-
-def _without_targets(sample: Sample) -> Sample:
-    """For a process that gets no sample of a short last step, but takes part in the exchange of gradients."""
-    return Sample(sample.tokens[:2], np.zeros(2, dtype=np.bool_))
+            samples = [sample for row in self.prepared.world.share(batch.rows) for sample in row]
+            passes = self.layout.passes(samples)
+            yield Step(batch, passes, time.perf_counter() - started)

@@ -41,7 +41,7 @@ class AdapterTrainer(SFTTrainer):
         step: Step = inputs["step"]
         model.train()
         self.step, self.losses = step, []
-        scale = self.steps.processes / max(step.targets, 1)
+        scale = self.steps.prepared.world.size / max(step.batch.targets, 1)
         for index, micro in enumerate(step.passes):
             is_last = index == len(step.passes) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -58,7 +58,7 @@ def as_inputs(step: Step) -> dict[str, Step]:
 
 def make_trainer(
     config: FinetuneConfig, flat: SFTConfig, prepared: Prepared, model: AdapterModel, state: TrainingState,
-    optimizer: torch.optim.Optimizer, checkpointing: bool, processes: tuple[int, int],
+    optimizer: torch.optim.Optimizer, checkpointing: bool,
 ) -> AdapterTrainer:  # fmt: skip
     """TRL's trainer with everything off that this package does itself.
 
@@ -76,7 +76,6 @@ def make_trainer(
         bf16=False,
         max_grad_norm=0,
         use_cpu=execution.device.type == "cpu",
-        ddp_backend="gloo" if execution.device.type == "cpu" and processes[1] > 1 else None,
         ddp_find_unused_parameters=False,
         save_strategy="no",
         eval_strategy="no",
@@ -86,7 +85,7 @@ def make_trainer(
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    steps = Steps(flat, prepared, layout, state.position or None, *processes)
+    steps = Steps(flat, prepared, layout, state.position or None)
     assert prepared.train_rows is not None
     sample = prepared.train_rows.row(0)[0]
     looked_at = {"input_ids": sample.tokens, "labels": np.where(sample.supervised, sample.tokens, -100)}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
 
 from lacuna.errors import RunError
 from lacuna.runs.folder import write_json, write_whole
@@ -57,18 +59,12 @@ def checkpoint_name(step: int) -> str:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that resumes as tensors, by name: weights (shared ones once), AdamW's moments, random state."""
-    tensors = _weights_of(model)
-    tensors |= {f"optimizer.{name}": value for name, value in _moments_of(model, optimizer).items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        tensors["random.mps"] = torch.mps.get_rng_state()
-    return tensors
+    """Everything that resumes as tensors, by name: weights (shared ones once) and AdamW's moments."""
+    moments = {f"optimizer.{name}": value for name, value in _moments_of(model, optimizer).items()}
+    return {**weights_of(model), **moments}
 
 
-def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Those that are trained; beside frozen ones, of an adapter's base, no buffer ever changes."""
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     tensors = {f"model.{name}": tensor.detach() for name, tensor in trained.items()}
@@ -94,7 +90,7 @@ def _restore_foreign(checkpoint: Path, model: nn.Module, optimizer: torch.optim.
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     entries: dict[str, Any] = {name: entry for name, entry in stored.items() if name.startswith("optimizer.")}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    _load(checkpoint, tensors)
+    load_tensors(checkpoint, tensors)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         weight, _, key = name.removeprefix("optimizer.").rpartition("/")
@@ -103,9 +99,9 @@ def _restore_foreign(checkpoint: Path, model: nn.Module, optimizer: torch.optim.
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Load weights, moments and random state in place; of the random states, those that are both here and there."""
+    """Load weights and moments in place, whatever number of processes wrote them."""
     tensors = tensors_of(model, optimizer)
-    _load(checkpoint, tensors)
+    load_tensors(checkpoint, tensors)
     if isinstance(optimizer, torch.optim.AdamW):
         moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=FLAT)
         loaded: dict[str, Any] = {
@@ -114,24 +110,23 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=FLAT)
     else:
         _restore_foreign(checkpoint, model, optimizer)
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    if torch.backends.mps.is_available():
-        torch.mps.set_rng_state(tensors["random.mps"])
     return read_state(checkpoint)
 
 
 def restore_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load the weights alone."""
-    _load(checkpoint, _weights_of(model))
+    load_tensors(checkpoint, weights_of(model))
 
 
-def _load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = {name: tensor for name, tensor in tensors.items() if name in stored or not name.startswith("random.")}
-    load(wanted, storage_reader=reader, no_dist=True)
+def stored_names(folder: Path) -> set[str]:
+    """Of the tensors in a folder of safetensors."""
+    return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors from a folder of safetensors; of those that are split among processes, each reads its part."""
+    is_split = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_split)
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -139,56 +134,114 @@ def read_state(checkpoint: Path) -> TrainingState:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in a thread and keeps the best and the newest."""
+    """Writes one checkpoint at a time in a thread and keeps the best and the newest.
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int, regular: Regular) -> None:
+    Of many processes each writes its part; group: where they meet, which nothing else may use meanwhile.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_best: int, regular: Regular, group: Any = None) -> None:
         self.folder = folder
+        self.group = group
         self.regular = regular
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        if self._is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.partial"):
+                shutil.rmtree(leftover)
 
     def save(self, tensors: dict[str, Tensor], state: TrainingState) -> None:
         """Copy the tensors and return; the rest happens beside the training. Waits for the save before it."""
         self.wait()
         name = checkpoint_name(state.step)
-        if (self.folder / name).exists():
+        partial, final = self.folder / f".{name}.partial", self.folder / name
+        is_there, problem = self._from_first(lambda: _begin(partial, final))
+        if problem is not None:
+            raise problem
+        if is_there:
             return
-        partial = self.folder / f".{name}.partial"
-        try:
-            partial.mkdir()
-        except OSError as error:
-            raise _cannot_write(name, error) from error
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        written = async_save(tensors, storage_writer=writer, no_dist=True)
+        written = async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         assert isinstance(written, Future)
-        self._pending = self._thread.submit(self._finish, written, partial, self.folder / name, state)
+        self._pending = self._thread.submit(self._finish, written, partial, final, state)
 
     def _finish(self, written: "Future[Any]", partial: Path, final: Path, state: TrainingState) -> None:
+        files, problem = {}, None
         try:
             written.result()
+            files = _hashes(partial, self._rank())
+        except (OSError, CheckpointException) as error:
+            problem = _cannot_write(final.name, error)
+        found = self._gather((files, problem))
+        problem = next((theirs for _, theirs in found if theirs is not None), None)
+        if problem is None:
+            manifest = {name: entry for theirs, _ in found for name, entry in theirs.items()}
+            _, problem = self._from_first(lambda: self._complete(partial, final, state, manifest))
+        if problem is not None:
+            if self._is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise problem
+
+    def _complete(
+        self, partial: Path, final: Path, state: TrainingState, manifest: dict[str, Any]
+    ) -> tuple[bool, RunError | None]:
+        try:
             write_json(partial / "state.json", asdict(state))
-            files = sorted(path for path in partial.iterdir())
-            manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-            write_whole(partial / "manifest.json", manifest_text(manifest))
+            manifest["state.json"] = _entry(partial / "state.json")
+            write_whole(partial / "manifest.json", manifest_text(dict(sorted(manifest.items()))))
             partial.rename(final)
             _sync_folder(self.folder)
             for name in superfluous(self.folder, self.keep_last, self.keep_best, self.regular):
                 doomed = (self.folder / name).rename(self.folder / f".{name}.partial")
                 shutil.rmtree(doomed)
-        except (OSError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _cannot_write(final.name, error) from error
+        except OSError as error:
+            return False, _cannot_write(final.name, error)
+        return True, None
+
+    def _rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def _is_first(self) -> bool:
+        return self._rank() == 0
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every process' value, by rank."""
+        if self.group is None:
+            return [value]
+        values = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _from_first(self, work: Callable[[], Any]) -> Any:
+        """What the first process makes of it, in all."""
+        return self._gather(work() if self._is_first() else None)[0]
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises RunError where writing failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+
+def _begin(partial: Path, final: Path) -> tuple[bool, RunError | None]:
+    """Whether the checkpoint is there already; otherwise its folder is made."""
+    try:
+        if not final.exists():
+            partial.mkdir()
+    except OSError as error:
+        return False, _cannot_write(final.name, error)
+    return final.exists(), None
+
+
+def _hashes(folder: Path, rank: int) -> dict[str, Any]:
+    """Size and SHA-256 of the files that this process wrote."""
+    return {path.name: _entry(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _cannot_write(name: str, error: BaseException) -> RunError:

@@ -5,11 +5,13 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
@@ -33,13 +35,13 @@ from lacuna.train.checkpoint import (
     restore_weights,
     tensors_of,
 )
+from lacuna.train.distributed import World, full_weights, whole
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
     LossModel,
     needs_checkpointing,
     prepare_blocks,
-    prove_loss,
     stop_at_end_of_turn,
 )
 from lacuna.train.optimizer import learning_rate_at, make_optimizer
@@ -62,6 +64,7 @@ class Prepared:
     total_steps: int
     fingerprint: str
     resume_from: Path | None
+    world: World
 
     @property
     def padding(self) -> int:
@@ -78,13 +81,14 @@ def train_steps(
 
     Raises NonFiniteLossError before the optimizer moves, Interrupted after saving, RunError where saving fails.
     """
-    execution, folder, total_steps = prepared.execution, prepared.folder, prepared.total_steps
+    execution, folder, total_steps, world = prepared.execution, prepared.folder, prepared.total_steps, prepared.world
+    device = execution.device.type
     optimizer = make_optimizer(model, config)
     flops = model_flops(model.causal_lm, config.sequence_length)
     regular = regular_saves(config.save_every, total_steps)
-    writer = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, regular)
+    checkpoints = folder / "checkpoints"
+    writer = CheckpointWriter(checkpoints, config.keep_last, config.keep_best, regular, world.groups[1])
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
-    torch.manual_seed(config.seed)
     if prepared.resume_from is not None:
         state = restore(prepared.resume_from, model.causal_lm, optimizer)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {total_steps})")
@@ -94,11 +98,9 @@ def train_steps(
         return step % every == 0 or step == total_steps
 
     stop.at_once = False
-    with (
-        MetricsLog(folder, state.step if prepared.resume_from else -1) as log,
-        open_tracker(config, folder, state.step, config.model_dump()) as track,
-        TrainingProgress(console, total_steps, state.step) as progress,
-    ):
+    with ExitStack() as stack:
+        record = open_records(stack, config, prepared, state.step)
+        progress = stack.enter_context(TrainingProgress(console, total_steps, state.step))
         window = Window()
         step, tokens, position, validation_loss = state.step, state.tokens, state.position, state.validation_loss
         evaluate_every = config.evaluate_every or config.save_every
@@ -106,65 +108,92 @@ def train_steps(
             if validation_loss is None and (step == 0 or due(step, evaluate_every)):
                 validation_loss = validate(config, prepared, model, stop)
                 if validation_loss is not None:
-                    log.write({"step": step, "validation_loss": validation_loss})
-                    track(step, {"validation_loss": validation_loss})
+                    record(step, {"validation_loss": validation_loss})
                     console.print(f"step {step}/{total_steps} | validation loss {validation_loss:.4f}")
-            if step > state.step and (due(step, config.save_every) or stop):
+            started = time.perf_counter()
+            batch = next_batch(source, stop) if step < total_steps else None
+            waited = time.perf_counter() - started
+            asked = world.greatest(stop.signal_number or 0, device)
+            if step > state.step and (due(step, config.save_every) or asked):
                 state = replace(state, step=step, position=position, tokens=tokens, validation_loss=validation_loss)
                 writer.save(tensors_of(model.causal_lm, optimizer), state)
-            if stop:
+            if asked:
                 writer.wait()
                 saved = f"after step {step}, which is saved" if step else "before the first step"
-                raise Interrupted(stop.signal_number or 0, f"stopped {saved}")
-            if step == total_steps:
+                raise Interrupted(asked, f"stopped {saved}")
+            if batch is None:
                 break
 
             started = time.perf_counter()
-            try:
-                with stop.ends_the_wait():
-                    batch = next(source)
-            except Interrupted:
-                continue
-            micro_batches = collate_batch(config, prepared, batch.rows)
-            window.data_seconds += time.perf_counter() - started
+            torch.manual_seed(dropout_seed(config.seed, step, world.rank))
+            micro_batches = collate_batch(config, prepared, world.share(batch.rows))
+            window.data_seconds += waited + time.perf_counter() - started
             step, position, validation_loss = step + 1, batch.position, None
-            targets = sum(len(micro.targets) for micro in micro_batches)
             losses = []
             for micro in micro_batches:
-                loss = model(*to_device(micro, execution), scale=1 / max(targets, 1))
+                loss = model(*to_device(micro, execution), scale=world.size / max(batch.targets, 1))
                 loss.backward()
                 losses.append(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-            *loss_parts, norm_value = torch.stack([*losses, norm]).tolist()
-            if not math.isfinite(sum(loss_parts)) or not math.isfinite(norm_value):
+            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm))
+            total = world.total(torch.stack(losses).sum()) / world.size
+            loss_value, norm_value = torch.stack([total, norm]).tolist()
+            if not math.isfinite(loss_value) or not math.isfinite(norm_value):
                 writer.wait()
-                raise non_finite(step, batch, micro_batches, loss_parts, norm_value, prepared, config)
+                raise_non_finite(step, batch, micro_batches, losses, norm_value, prepared, config)
             learning_rate = learning_rate_at(step, total_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
-            window.seconds += time.perf_counter() - started
-            window.add(micro_batches, flops, config.sequence_length)
-            tokens += sum(micro.tokens for micro in micro_batches)
+            window.seconds += waited + time.perf_counter() - started
+            window.add(micro_batches, flops, config.sequence_length, batch.tokens)
+            tokens += batch.tokens
             progress.advance(step)
             if due(step, config.log_every) or step == 1:
                 values = {
-                    "loss": sum(loss_parts), "learning_rate": learning_rate, "gradient_norm": norm_value,
-                    "tokens": tokens, "targets": targets, "epoch": position["epoch"],
+                    "loss": loss_value, "learning_rate": learning_rate, "gradient_norm": norm_value,
+                    "tokens": tokens, "targets": batch.targets, "epoch": position["epoch"],
                     **window.speed(execution.peak_flops), **peak_memory(execution),
                 }  # fmt: skip
-                log.write({"step": step, **values})
-                track(step, values)
+                record(step, values)
                 progress.show({"step": step, **values})
-                write_status(folder, "running", step, total_steps, loss=values["loss"])
+                if world.is_first:
+                    speed = values["tokens_per_second"]
+                    write_status(folder, "running", step, total_steps, loss=loss_value, tokens_per_second=speed)
                 window = Window()
         writer.wait()
-    if config.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints", regular)) is not None:
+    if config.final_weights == "best" and (best := world.first(lambda: best_checkpoint(checkpoints, regular))):
         restore_weights(best, model.causal_lm)
         console.print(f"final weights: {best}")
     write_final(model, prepared)
-    write_status(folder, "finished", total_steps, total_steps)
+
+
+def open_records(
+    stack: ExitStack, config: TrainingConfig, prepared: Prepared, step: int
+) -> Callable[[int, dict[str, float]], None]:
+    """What takes the metrics of a step. step: of the checkpoint that the run goes on from, else 0."""
+    if not prepared.world.is_first:
+        return lambda step, values: None
+    log = stack.enter_context(MetricsLog(prepared.folder, step if prepared.resume_from else -1))
+    track = stack.enter_context(open_tracker(config, prepared.folder, step, config.model_dump()))
+
+    def record(step: int, values: dict[str, float]) -> None:
+        log.write({"step": step, **values})
+        track(step, values)
+
+    return record
+
+
+def next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:
+    """The next batch; None as soon as a signal asks to stop."""
+    with suppress(Interrupted), stop.ends_the_wait():
+        return next(source)
+    return None
+
+
+def dropout_seed(seed: int, step: int, process: int) -> int:
+    """Dropout is a function of these, so that nothing of it needs to be saved."""
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
 
 
 def read_batches(
@@ -199,44 +228,51 @@ def validate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop:
     rows = prepared.validation_rows
     if rows is None:
         return None
-    starts = range(0, len(rows), config.micro_batch_size)
-    chunks = ([rows.row(index) for index in range(len(rows))[start:][: config.micro_batch_size]] for start in starts)
-    sums = loss_sums(
-        (micro for chunk in chunks for micro in collate_batch(config, prepared, chunk)), model, prepared, stop
-    )
-    return sums and sums[0] / max(sums[1], 1)
+    together = config.micro_batch_size * prepared.world.size
+    starts = range(0, len(rows), together)
+    chunks = ([rows.row(index) for index in range(len(rows))[start:][:together]] for start in starts)
+    shares = map(prepared.world.share, chunks)
+    return mean_loss((collate_batch(config, prepared, share) for share in shares), model, prepared, stop)
 
 
 @torch.no_grad()
-def loss_sums(
-    micro_batches: Iterable[MicroBatch], model: nn.Module, prepared: Prepared, stop: StopRequest
-) -> tuple[float, int] | None:
-    """Summed loss and number of supervised tokens; None when asked to stop."""
+def mean_loss(
+    batches: Iterable[list[MicroBatch]], model: nn.Module, prepared: Prepared, stop: StopRequest
+) -> float | None:
+    """Loss per supervised token over all processes, which have as many batches; None when one is asked to stop."""
+    device, world = prepared.execution.device.type, prepared.world
     model.eval()
     total, targets = 0.0, 0
-    for micro in micro_batches:
-        if stop:
+    for batch in batches:
+        if world.greatest(stop.signal_number or 0, device):
             return None
-        total += float(model(*to_device(micro, prepared.execution), scale=1.0))
-        targets += len(micro.targets)
+        for micro in batch:
+            if world.size == 1 and stop:
+                return None
+            total += float(model(*to_device(micro, prepared.execution), scale=1.0))
+            targets += len(micro.targets)
     model.train()
-    return total, targets
+    totals, counts = zip(*world.gather((total, targets)), strict=True)
+    return float(sum(totals) / max(sum(counts), 1))
 
 
-def non_finite(
-    step: int, batch: Batch, micro_batches: list[MicroBatch], losses: list[float], norm: float, prepared: Prepared,
+def raise_non_finite(
+    step: int, batch: Batch, micro_batches: list[MicroBatch], losses: list[Tensor], norm: float, prepared: Prepared,
     config: TrainingConfig,
-) -> NonFiniteLossError:  # fmt: skip
-    """The error that names the rows, how they begin, and what to do."""
-    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    what = f"the loss is {losses[bad]}" if bad is not None else f"the gradient norm is {norm}"
+) -> None:  # fmt: skip
+    """Raise NonFiniteLossError that names the rows, of whichever process, how they begin, and what to do."""
+    values = torch.stack(losses).tolist()
+    bad = next((index for index, loss in enumerate(values) if not math.isfinite(loss)), None)
+    what = f"the loss is {values[bad]}" if bad is not None else f"the gradient norm is {norm}"
     start = prepared.tokenizer.decode(micro_batches[bad or 0].input_ids[0, :24])
-    return NonFiniteLossError(
+    mine = (
         f"step {step}: {what} in micro-batch {(bad or 0) + 1} of {len(micro_batches)}, whose first row begins "
         f"{start!r} (the batch ends at {batch.position}). The optimizer has not moved and the checkpoints before are "
         f"untouched: look at these rows, lower learning_rate (now {config.learning_rate:g}) or lengthen the warmup, "
         "and start in another --output-dir"
     )
+    found = prepared.world.gather((bad is None, mine))
+    raise NonFiniteLossError(min(found)[1])
 
 
 def peak_memory(execution: Execution) -> dict[str, float]:
@@ -248,27 +284,33 @@ def peak_memory(execution: Execution) -> dict[str, float]:
 
 
 def write_final(model: LossModel, prepared: Prepared) -> None:
-    """A plain Hugging Face folder, in the precision of the computation."""
-    final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    """A plain Hugging Face folder, in the precision of the computation, and the status of a finished run."""
     nn.Module.to(model.causal_lm, prepared.execution.dtype)
-    try:
-        model.causal_lm.save_pretrained(partial)
-        prepared.tokenizer.save_pretrained(partial)
-    except SafetensorError as error:
-        raise RunError(f"{final}: could not be written: {error}; make room and run the same command again") from error
-    partial.rename(final)
+    weights = full_weights(model.causal_lm, prepared.world) if prepared.world.size > 1 else None
+
+    def write() -> None:
+        final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            model.causal_lm.save_pretrained(partial, state_dict=weights)
+            prepared.tokenizer.save_pretrained(partial)
+        except SafetensorError as error:
+            raise RunError(
+                f"{final}: could not be written: {error}; make room and run the same command again"
+            ) from error
+        partial.rename(final)
+        write_status(prepared.folder, "finished", prepared.total_steps, prepared.total_steps)
+
+    prepared.world.first(write)
 
 
-def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, console: Console) -> LossModel:
+def settle(config: TrainingConfig, prepared: Prepared, model: LossModel, console: Console) -> LossModel:
     """Prove the loss, then wrap checkpointing and compilation around the blocks, and say what was chosen."""
-    execution = prepared.execution
-    model = LossModel(causal_lm, execution.dtype)
-    chunked = prove_loss(causal_lm, execution.flatten_rows, config.packing)
-    model.chunked = chunked
+    execution, causal_lm, world = prepared.execution, model.causal_lm, prepared.world
+    world.agreed(lambda: model.prove(execution.flatten_rows, config.packing))
     checkpointing = config.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype)
+        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype, world.size)
     prepare_blocks(causal_lm, checkpointing, execution.compile)
     if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
         stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.stop_token)
@@ -276,7 +318,14 @@ def make_loss_model(config: TrainingConfig, prepared: Prepared, causal_lm: Any, 
     console.print(
         f"{type(causal_lm).__name__}: {parameters:,} parameters on {execution.device.name}, "
         f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, "
-        f"{'chunked' if chunked else 'plain'} loss, activation checkpointing {'on' if checkpointing else 'off'}, "
+        f"{'chunked' if model.chunked else 'plain'} loss, activation checkpointing {'on' if checkpointing else 'off'}, "
         f"compilation {'on' if execution.compile else 'off'}",
     )
+    if world.size > 1:
+        rows = -(-config.batch_size // world.size)
+        passes = -(-rows // config.micro_batch_size)
+        console.print(
+            f"{world.size} processes ({config.sharding} sharding): of a batch's {config.batch_size} rows, {rows} each, "
+            f"in {passes} forward pass{'es' * (passes > 1)}"
+        )
     return model.train()

@@ -98,16 +98,18 @@ class Window:
     flops: int = 0
     palm_flops: int = 0
 
-    def add(self, batch: list[MicroBatch], flops: ModelFlops | None, sequence_length: int) -> None:
+    def add(self, batch: list[MicroBatch], flops: ModelFlops | None, sequence_length: int, all_tokens: int) -> None:
+        """batch: what this process did; all_tokens: of all processes."""
         tokens = sum(micro.tokens for micro in batch)
-        self.tokens += tokens
+        self.tokens += all_tokens
         if flops is not None:
             targets = sum(len(micro.targets) for micro in batch)
             self.flops += flops.training(tokens, targets, sum(micro.attention_pairs for micro in batch))
             self.palm_flops += flops.palm(tokens, sequence_length)
 
     def speed(self, peak_flops: float | None) -> dict[str, float]:
-        """tokens_per_second, data_wait (share of the time) and, where the device's peak is known, mfu and mfu_palm."""
+        """tokens_per_second of all processes, data_wait (share of the time) and, where the device's peak is known, mfu
+        and mfu_palm."""
         speed = {
             "tokens_per_second": self.tokens / self.seconds,
             "data_wait": self.data_seconds / self.seconds,

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from rich.console import Console
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
-from lacuna.errors import ConfigError, Interrupted, LacunaError, RunError
+from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, RunError
 from lacuna.runs.folder import last_start, locked, read_status, refuse_foreign_folder, write_status
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.train.checkpoint import damage, newest_whole, read_state
+from lacuna.train.distributed import World
 from lacuna.train.signals import StopRequest
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \w+ error|remote process exited", re.I)
+"""What gloo and NCCL say where another process is gone."""
 
 
 def supervise(
@@ -30,50 +35,65 @@ def supervise(
     resume_with: str,
     out_of_memory: Callable[[], str],
     work: Callable[[Path, Console, StopRequest], None],
-    process: int = 0,
-    processes: int = 1,
+    world: World,
 ) -> None:
     """Do the work in the run folder, unless that is done; status.json tells how it ended.
 
-    flat: config in the names of our own loop. resume_with: the command that goes on with the run. process: of the
-    processes that train together; all but the first are silent and write nothing.
+    flat: config in the names of our own loop. resume_with: the command that goes on with the run. world: the processes
+    that train together; all but the first are silent, and write nothing but why they failed.
     Raises LacunaError for what the user can mend, Interrupted after a signal.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=process > 0)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_first)
     folder = Path(flat.output_dir).expanduser()
-    refuse_foreign_folder(folder)
-    if process > 0:
-        with StopRequest() as stop:
-            if not _is_finished(folder, config, flat, processes):
-                work(folder, console, stop)
-        return
-    with StopRequest() as stop, locked(folder):
-        if _is_finished(folder, config, flat, processes):
-            if (read_status(folder) or {}).get("state") != "finished":
-                write_status(folder, "finished", **_last_step(folder))
-            console.print(f"already finished: {folder / 'final'}")
+    with StopRequest() as stop, ExitStack() as held:
+
+        def enter() -> bool:
+            refuse_foreign_folder(folder)
+            held.enter_context(locked(folder))
+            if is_finished := _is_finished(folder, config, flat, world.size):
+                if (read_status(folder) or {}).get("state") != "finished":
+                    write_status(folder, "finished", **_last_step(folder))
+                console.print(f"already finished: {folder / 'final'}")
+            else:
+                _refuse_hopeless_restart(folder)
+                write_status(folder, "starting", **_last_step(folder))
+            return is_finished
+
+        if world.first(enter):
             return
         try:
-            write_status(folder, "starting", **_last_step(folder))
             work(folder, console, stop)
         except Interrupted as interruption:
-            _finish_status(folder, "interrupted", str(interruption))
+            if world.is_first:
+                _finish_status(folder, "interrupted", str(interruption))
             raise Interrupted(interruption.signal_number, f"{interruption}; go on with: {resume_with}") from None
         except BaseException as error:
+            if world.size > 1 and stop:
+                raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())
-            _finish_status(folder, "failed", str(error) or type(error).__name__)
+            elif world.size > 1 and (lost := LOST_PROCESS.search(str(error))):
+                raise LostProcessError(f"another process of this run has ended ({lost[0]})") from None
+            can_be_mended = isinstance(error, LacunaError)
+            _finish_status(folder, "failed", str(error) or type(error).__name__, can_be_mended=can_be_mended)
             raise error
         if losses := list(validation_losses(folder).values()):
             console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
 
 
-def _finish_status(folder: Path, state: str, reason: str) -> None:
+def _refuse_hopeless_restart(folder: Path) -> None:
+    """torchrun starts a failed run again; where the user must mend something first, it would fail again."""
+    status = read_status(folder) or {}
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and status.get("can_be_mended"):
+        raise RunError(status["reason"])
+
+
+def _finish_status(folder: Path, state: str, reason: str, **more: Any) -> None:
     try:
-        write_status(folder, state, **_last_step(folder), reason=reason)
+        write_status(folder, state, **_last_step(folder), reason=reason, **more)
     except OSError as error:
         print(f"status.json could not be written: {error}", file=sys.stderr)
 
@@ -177,12 +197,13 @@ def check_disk(folder: Path, parameters: int, bytes_each: int) -> None:
         )
 
 
-def resume_command(command: list[str], *more: str) -> str:
-    """What the user types to go on with this run. more: flags to add."""
+def resume_command(command: list[str], gpus: int, *more: str) -> str:
+    """What the user types to go on with this run. gpus: of the config; more: flags to add."""
     program = Path(command[0])
     if program.name == "__main__.py":
         processes = os.environ.get("LOCAL_WORLD_SIZE")
         launcher = ["torchrun", "--nproc-per-node", processes] if processes is not None else ["python"]
-        return shlex.join([*launcher, "-m", "lacuna", *command[1:], *more])
+        starts_itself = processes is not None and gpus > 1
+        return shlex.join([*(["lacuna"] if starts_itself else [*launcher, "-m", "lacuna"]), *command[1:], *more])
     name = program.name if shutil.which(program.name) == str(program) else os.path.relpath(program)
     return shlex.join([name, *command[1:], *more])

@@ -10,8 +10,10 @@ from lacuna.data.loader import check_data_settings, load_rows
 from lacuna.data.stream import check_stream, stream_fingerprint
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import write_config, write_provenance
-from lacuna.train.loop import Prepared, make_loss_model, train_steps
-from lacuna.train.model import load_model, load_model_config, load_tokenizer, resolve_execution
+from lacuna.train.distributed import World, check_world, join, load_once
+from lacuna.train.loading import load_model, load_model_config, load_sharded, load_tokenizer
+from lacuna.train.loop import Prepared, settle, train_steps
+from lacuna.train.model import LossModel, resolve_execution
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.session import (
     check_disk,
@@ -34,51 +36,64 @@ def train(config: TrainingConfig, command: list[str]) -> None:
     command: what the user typed; shown as what resumes the run, and kept in the provenance.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
-    resume_with = resume_command(command, *([] if config.resume == "auto" else ["--resume", "auto"]))
+    resume_with = resume_command(command, config.gpus, *([] if config.resume == "auto" else ["--resume", "auto"]))
     out_of_memory = (
         f"out of memory: lower --micro-batch-size (now {config.micro_batch_size}), set --activation-checkpointing true "
         f"(now {config.activation_checkpointing}), or start anew in another --output-dir with a smaller "
         f"--sequence-length (now {config.sequence_length})"
     )
 
-    def work(folder: Path, console: Console, stop: StopRequest) -> None:
-        _train(config, folder, command, console, stop)
-        console.print(f"model: {folder / 'final'}")
+    with join() as world:
 
-    supervise(config, config, resume_with, lambda: out_of_memory, work)
+        def work(folder: Path, console: Console, stop: StopRequest) -> None:
+            _train(config, folder, command, console, stop, world)
+            console.print(f"model: {folder / 'final'}")
+
+        supervise(config, config, resume_with, lambda: out_of_memory, work, world)
 
 
-def _train(config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest) -> None:
-    device = choose_device(config.device)
-    tokenizer, model_config, execution = together(
+def _train(
+    config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest, world: World
+) -> None:
+    device = world.agreed(lambda: choose_device(config.device))
+    checks = (
         lambda: load_tokenizer(config),
         lambda: load_model_config(config),
         lambda: resolve_execution(config, device),
+        lambda: check_world(config, world, device.type),
         lambda: check_data_settings(config),
-        lambda: check_tracker(config, console.print),
+        lambda: check_tracker(config, console.print) if world.is_first else None,
         lambda: check_stream(config, console.print),
         lambda: check_resume_path(config),
-    )[:3]
+    )
+    tokenizer, model_config, execution = world.agreed(lambda: together(*checks))[:3]
     renderer = Renderer(tokenizer)
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:
         if config.validation_dataset is not None:
             held_out = {"dataset": config.validation_dataset, "dataset_split": config.validation_split}
             alone = {**held_out, "validation_dataset": None, "batch_size": 1}
-            validation_rows, _ = load_rows(config.model_copy(update=alone), renderer, console.print)
+            of_validation = config.model_copy(update=alone)
+            validation_rows, _ = load_once(world, lambda: load_rows(of_validation, renderer, console.print))
     else:
-        rows, validation_rows = load_rows(config, renderer, console.print)
+        rows, validation_rows = load_once(world, lambda: load_rows(config, renderer, console.print))
     total_steps = count_steps(config, len(rows or []))
     check_warmup(config, total_steps)
     fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     precision = str(execution.dtype)
+    found = world.first(
+        lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, precision, console)
+    )
     prepared = Prepared(
-        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint,
-        find_checkpoint(config, config, folder, config.settings(), fingerprint, precision, console),
-    )  # fmt: skip
-    write_config(folder, config)
-    write_provenance(folder, command, {"device": device.name, "data_sha256": fingerprint})
-    causal_lm = load_model(config, model_config, tokenizer, execution)
-    check_disk(folder, sum(parameter.numel() for parameter in causal_lm.parameters()), BYTES_PER_PARAMETER)
-    model = make_loss_model(config, prepared, causal_lm, console)
-    train_steps(config, prepared, model, console, stop)
+        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found, world
+    )
+    if world.is_first:
+        write_config(folder, config)
+        write_provenance(folder, command, {"device": device.name, "devices": world.size, "data_sha256": fingerprint})
+    if world.size == 1:
+        model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
+    else:
+        model = load_sharded(config, model_config, tokenizer, execution, world)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
+    train_steps(config, prepared, settle(config, prepared, model, console), console, stop)

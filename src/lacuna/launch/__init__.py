@@ -1,0 +1,1 @@
+"""How runs are started on many devices and on clusters."""

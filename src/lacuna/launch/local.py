@@ -1,0 +1,80 @@
+"""One process for each GPU of this machine, by torchrun's engine."""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import click
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lacuna.errors import ConfigError, Interrupted
+from lacuna.platform.detect import choose_device
+from lacuna.runs.folder import read_status, write_json
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun passes on to its processes."""
+SAVING_SECONDS = 86_400
+"""How long processes that were asked to stop may take to save; torchrun's own 30 s are too short for large models."""
+
+
+def launch(command: list[str], gpus: int, max_restarts: int, device: str, output_dir: str | None) -> None:
+    """Run `python -m lacuna COMMAND` in so many processes, again from the last checkpoint where one dies.
+
+    Raises ConfigError where there are not so many GPUs, Interrupted after a signal, SystemExit where a process failed.
+    """
+    check_gpus(gpus, device)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // gpus, 1)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=gpus,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=SAVING_SECONDS,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "lacuna", *command)
+    except SignalException as error:
+        raise Interrupted(int(error.sigval), "") from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            sys.exit(failure.exitcode)
+        reason = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
+        reason += " (the system does that when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+        _note(output_dir, reason)
+        click.echo(f"error: {reason}", err=True)
+        sys.exit(128 - failure.exitcode)
+
+
+def check_gpus(gpus: int, device: str) -> None:
+    """Raise ConfigError where this machine has fewer GPUs than are asked for."""
+    import torch
+
+    found = choose_device(device).type
+    if device == "auto" and found != "cuda":
+        raise ConfigError(f"gpus = {gpus}: no CUDA device is here; for {gpus} processes on the CPU say --device cpu")
+    if found == "mps":
+        raise ConfigError(f"gpus = {gpus}: there is one GPU here; for {gpus} processes on the CPU say --device cpu")
+    if found == "cuda" and gpus > torch.cuda.device_count():
+        raise ConfigError(f"gpus = {gpus}: there are {torch.cuda.device_count()} CUDA devices here")
+
+
+def _note(output_dir: str | None, reason: str) -> None:
+    """Who was killed could not say so: write it into the run folder's status."""
+    folder = Path(output_dir).expanduser() if output_dir else None
+    status: dict[str, Any] | None = read_status(folder) if folder else None
+    if folder is not None and status is not None and status["state"] != "finished":
+        write_json(folder / "status.json", {**status, "state": "failed", "reason": reason})

@@ -274,11 +274,12 @@ def run(command: click.Command) -> None:
     except LacunaError as error:
         if debug:
             sys.excepthook(type(error), error, error.__traceback__)
-        for problem in error.problems:
+        speaks = not error.is_shared or os.environ.get("RANK", "0") == "0"
+        for problem in error.problems if speaks else ():
             click.echo(f"error: {problem}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except Interrupted as interruption:
-        if message := str(interruption):
+        if (message := str(interruption)) and os.environ.get("RANK", "0") == "0":
             click.echo(f"\n{message}", err=True)
         sys.exit(128 + interruption.signal_number)
 

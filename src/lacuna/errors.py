@@ -15,10 +15,16 @@ from collections.abc import Sequence
 
 
 class LacunaError(Exception):
-    """One or several problems, each a sentence that says what, where and what to do."""
+    """One or several problems, each a sentence that says what, where and what to do.
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    is_shared: all processes of the run raise it, so that one of them may speak for all.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str], is_shared: bool = False) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.is_shared = is_shared
         super().__init__("\n".join(self.problems))
 
 
@@ -44,6 +50,8 @@ class NonFiniteLossError(LacunaError):
 
 class LostProcessError(LacunaError):
     """Another process of the run has ended; its own message says why."""
+
+    exit_code = 75
 
 
 class MissingExtraError(LacunaError):

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lacuna.errors import ConfigError, Interrupted
+from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import read_status, write_json
 
@@ -24,9 +24,12 @@ SAVING_SECONDS = 86_400
 
 
 def launch(command: list[str], gpus: int, max_restarts: int, device: str, output_dir: str | None) -> None:
-    """Run `python -m lacuna COMMAND` in so many processes, again from the last checkpoint where one dies.
+    """Run `python -m lacuna COMMAND` in so many processes; where one dies, all start again from the last checkpoint.
+
+    An error that says what to do about it is none that goes away by itself: it ends the run.
 
     Raises ConfigError where there are not so many GPUs, Interrupted after a signal, SystemExit where a process failed.
+    # ref: https://docs.pytorch.org/docs/stable/elastic/run.html
     """
     check_gpus(gpus, device)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // gpus, 1)))
@@ -39,24 +42,38 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=max_restarts,
+        max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle=SIGNALS,
         shutdown_timeout=SAVING_SECONDS,
     )
-    try:
-        elastic_launch(settings, sys.executable)("-m", "lacuna", *command)
-    except SignalException as error:
-        raise Interrupted(int(error.sigval), "") from None
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            sys.exit(failure.exitcode)
-        reason = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
-        reason += " (the system does that when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
-        _note(output_dir, reason)
-        click.echo(f"error: {reason}", err=True)
-        sys.exit(128 - failure.exitcode)
+    for restart in range(max_restarts + 1):
+        try:
+            elastic_launch(settings, sys.executable)("-m", "lacuna", *command)
+            return
+        except SignalException as error:
+            raise Interrupted(int(error.sigval), "") from None
+        except ChildFailedError as error:
+            code, reason = cause(error.failures)
+        if code < 0:
+            _note(output_dir, reason)
+        if code < 0 or code == LostProcessError.exit_code:
+            click.echo(f"error: {reason}", err=True)
+        is_last = restart == max_restarts or code == LacunaError.exit_code or code > 128
+        if is_last:
+            sys.exit(code if code >= 0 else 128 - code)
+        click.echo(f"restart {restart + 1} of {max_restarts}", err=True)
+
+
+def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
+    """Exit code and description of the process that failed first: those who lost it have ended with it."""
+    lost = LostProcessError.exit_code
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == lost, item[1].timestamp, item[0]))
+    code = failure.exitcode
+    if code >= 0:
+        return code, f"process {rank} has ended with exit code {code}"
+    reason = f"process {rank} was killed by {signal.Signals(-code).name}"
+    return code, reason + (" (the system does that when memory runs out)" if code == -signal.SIGKILL else "")
 
 
 def check_gpus(gpus: int, device: str) -> None:

@@ -249,7 +249,8 @@ def _cannot_write(name: str, error: BaseException) -> RunError:
     cause = causes[0][0] if isinstance(causes[0], tuple) else causes[0]
     return RunError(
         f"checkpoint {name} could not be written: {cause}; the checkpoints before it are whole: make room on the "
-        "disk, then run the same command to go on from the newest"
+        "disk, then run the same command to go on from the newest",
+        is_shared=True,
     )
 
 

@@ -70,7 +70,7 @@ class World:
             problems = error.problems
         found = dict.fromkeys(problem for theirs in self.gather(problems) for problem in theirs)
         if found:
-            raise ConfigError(list(found))
+            raise ConfigError(list(found), is_shared=True)
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], Result]) -> Result:
@@ -193,6 +193,12 @@ def shard(model: LossModel, config: TrainingConfig, world: World, execution: Exe
 
 def _to_fp32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.float()
+
+
+def free_gathered(model: nn.Module) -> None:
+    """After a forward pass without a backward pass the root's weights are still there whole: split them again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

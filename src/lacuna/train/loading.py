@@ -194,6 +194,7 @@ def load_sharded(
     settings = {"dtype": torch.float32, "attn_implementation": execution.attention}
     with init_empty_weights(include_buffers=False):
         causal_lm: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False, **settings)
+    causal_lm.tie_weights()
     buffers = dict(causal_lm.named_buffers())
     model = LossModel(causal_lm, execution.dtype)
     shard(model, config, world, execution)

@@ -35,7 +35,7 @@ from lacuna.train.checkpoint import (
     restore_weights,
     tensors_of,
 )
-from lacuna.train.distributed import World, full_weights, whole
+from lacuna.train.distributed import World, free_gathered, full_weights, whole
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
@@ -245,6 +245,7 @@ def mean_loss(
     total, targets = 0.0, 0
     for batch in batches:
         if world.greatest(stop.signal_number or 0, device):
+            free_gathered(model)
             return None
         for micro in batch:
             if world.size == 1 and stop:
@@ -252,6 +253,7 @@ def mean_loss(
             total += float(model(*to_device(micro, prepared.execution), scale=1.0))
             targets += len(micro.targets)
     model.train()
+    free_gathered(model)
     totals, counts = zip(*world.gather((total, targets)), strict=True)
     return float(sum(totals) / max(sum(counts), 1))
 
@@ -272,7 +274,7 @@ def raise_non_finite(
         "and start in another --output-dir"
     )
     found = prepared.world.gather((bad is None, mine))
-    raise NonFiniteLossError(min(found)[1])
+    raise NonFiniteLossError(min(found)[1], is_shared=True)
 
 
 def peak_memory(execution: Execution) -> dict[str, float]:
@@ -308,6 +310,7 @@ def settle(config: TrainingConfig, prepared: Prepared, model: LossModel, console
     """Prove the loss, then wrap checkpointing and compilation around the blocks, and say what was chosen."""
     execution, causal_lm, world = prepared.execution, model.causal_lm, prepared.world
     world.agreed(lambda: model.prove(execution.flatten_rows, config.packing))
+    free_gathered(model)
     checkpointing = config.activation_checkpointing
     if checkpointing == "auto":
         checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype, world.size)

@@ -78,7 +78,8 @@ def supervise(
             elif world.size > 1 and (lost := LOST_PROCESS.search(str(error))):
                 raise LostProcessError(f"another process of this run has ended ({lost[0]})") from None
             can_be_mended = isinstance(error, LacunaError)
-            _finish_status(folder, "failed", str(error) or type(error).__name__, can_be_mended=can_be_mended)
+            if world.is_first or not isinstance(error, LacunaError) or not error.is_shared:
+                _finish_status(folder, "failed", str(error) or type(error).__name__, can_be_mended=can_be_mended)
             raise error
         if losses := list(validation_losses(folder).values()):
             console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")

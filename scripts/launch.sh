@@ -12,5 +12,6 @@ if [ "${NODES:-1}" -gt 1 ]; then
 else
     meeting=(--standalone)
 fi
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise torchrun gives restarted processes the old ones' addresses
 exec torchrun "${meeting[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 86400 -m lacuna "$@"

@@ -268,14 +268,17 @@ def test_torchrun_by_hand(two: Path, settings: dict[str, Any], tmp_path: Path) -
 
 
 def test_torchrun_by_hand_restarts_after_a_death_but_not_after_an_error(
-    two: Path, settings: dict[str, Any], tmp_path: Path
+    two: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    process = torchrun(folder, settings, "--standalone", "--max-restarts", "1")
-    process.wait_until(reached(folder, 25))
-    workers(process.popen.pid)[1].send_signal(signal.SIGKILL)
-    output = process.wait()
-    assert process.popen.returncode == 0, output
+    for code in (1, 0):
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", str(1 - code))
+        process = torchrun(folder, settings, "--standalone", "--max-restarts", "1")
+        process.wait_until(reached(folder, 25 if code else 35))
+        workers(process.popen.pid)[1].send_signal(signal.SIGKILL)
+        output = process.wait()
+        assert process.popen.returncode == code, output
+        assert ("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in output) == bool(code)
     assert_same_bits(folder, two)
     process = torchrun(tmp_path / "wrong", {**settings, "sequence_length": 4096}, "--standalone", "--max-restarts", "1")
     output = process.wait()
@@ -285,7 +288,7 @@ def test_torchrun_by_hand_restarts_after_a_death_but_not_after_an_error(
     assert "512 positions" in status["reason"]
 
 
-def test_one_process_without_memory_takes_the_others_down_with_its_own_error(
+def test_one_process_that_fails_early_takes_the_others_down_with_its_own_error(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Sample
 from lacuna.data.loader import PackedRow, PackedRows
-from lacuna.errors import ConfigError, LacunaError
+from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.train.checkpoint import weights_of
 from lacuna.train.model import Execution, LossModel, transformer_blocks
 
@@ -35,6 +35,11 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(days=7)
 """For what the processes agree on between steps, where one may have to read all data; torchrun ends who waits for the
 dead."""
+
+STALE_ADDRESSES = (
+    "torchrun has started the processes again, but tells them the addresses of those that died: set "
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, as scripts/launch.sh does"
+)
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,18 @@ class World:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or this one alone.
+
+    Raises RunError where torchrun started them again in a way that cannot work.
+    # ref: https://github.com/pytorch/pytorch/issues/135712
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World()
         return
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise RunError(STALE_ADDRESSES)
     local_rank = int(os.environ["LOCAL_RANK"])
     on_cuda = torch.cuda.is_available() and local_rank < torch.cuda.device_count()
     if on_cuda:

@@ -56,12 +56,13 @@ def supervise(
                 console.print(f"already finished: {folder / 'final'}")
             else:
                 _refuse_hopeless_restart(folder)
-                write_status(folder, "starting", **_last_step(folder))
             return is_finished
 
         if world.first(enter):
             return
         try:
+            if world.is_first:
+                write_status(folder, "starting", **_last_step(folder))
             work(folder, console, stop)
         except Interrupted as interruption:
             if world.is_first:

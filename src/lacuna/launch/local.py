@@ -68,9 +68,9 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
 
 
 def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
-    """Exit code and description of the process that failed first: those who lost it have ended with it."""
-    lost = LostProcessError.exit_code
-    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == lost, item[1].timestamp, item[0]))
+    """Exit code and description of the process that failed first, not of those that were ended with it."""
+    ended = {LostProcessError.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM}
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode in ended, item[1].timestamp, item[0]))
     code = failure.exitcode
     if code >= 0:
         return code, f"process {rank} has ended with exit code {code}"

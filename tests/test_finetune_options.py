@@ -107,6 +107,8 @@ CHANGES: dict[str, Change] = {
     "training.tracker": Change("files", "tensorboard"),
     "training.tracker_project": Change("project", "mine", {"training.tracker": "wandb"}),
     "device": Change("output", "cuda" if not torch.cuda.is_available() else "cpu"),
+    "gpus": Change("output", 2),
+    "max_restarts": Change("output", 0),
 }
 ELSEWHERE = {
     "trainer": "it has one value",

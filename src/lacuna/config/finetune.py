@@ -10,7 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from lacuna.config.files import did_you_mean, setting_paths
-from lacuna.config.training import MAY_CHANGE_ON_RESUME, STRICT, ModelPlace, Place, PositiveInt, SFTConfig
+from lacuna.config.training import (
+    MAY_CHANGE_ON_RESUME,
+    RESTARTS_NEED_GPUS,
+    STRICT,
+    ModelPlace,
+    Place,
+    PositiveInt,
+    SFTConfig,
+)
 from lacuna.errors import ConfigError
 from lacuna.experiment.merge import MISSING, get, leaves
 
@@ -225,6 +233,8 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         problems = [*self.dataset.disagreements(), *self.training.disagreements(), *self._without_validation()]
+        if self.gpus == 1 and self.max_restarts != type(self).model_fields["max_restarts"].default:
+            problems.append(RESTARTS_NEED_GPUS)
         if problems:
             raise ValueError("\n".join(problems))
         return self

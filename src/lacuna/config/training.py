@@ -29,6 +29,8 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 """What leaves the sequence of samples and the mathematics of a run as they are."""
 
+RESTARTS_NEED_GPUS = "max_restarts is for gpus > 1; under torchrun, give it --max-restarts"
+
 
 class TrainingConfig(BaseModel):
     """What pretraining and SFT share."""
@@ -164,7 +166,7 @@ class TrainingConfig(BaseModel):
         if self.batch_size < self.gpus:
             problems.append(f"batch_size {self.batch_size} leaves some of {self.gpus} gpus without a row: raise it")
         if self.gpus == 1 and self.changed_from_default("max_restarts"):
-            problems.append("max_restarts is for gpus > 1; under torchrun, give it --max-restarts")
+            problems.append(RESTARTS_NEED_GPUS)
         if self.validation_dataset is None and self.validation_share is None:
             unused = self.changed_from_default("evaluate_every", "final_weights", "keep_best", "validation_split")
             if unused := [name for name in unused if (name, self.keep_best) != ("keep_best", 0)]:

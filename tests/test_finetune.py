@@ -281,7 +281,7 @@ def test_how_a_batch_is_made_up_changes_no_loss(run: Run, config: Path, tmp_path
 
 
 def test_two_processes_are_one(config: Path, tmp_path: Path) -> None:
-    """With accelerate's exchange of gradients the same losses, also where the last step has too few samples for both."""
+    """With accelerate's exchange of gradients the same losses, also where the last step has too few samples."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(data.read_text().splitlines()[:19]) + "\n")
     shared = ["training.lora_dropout=0", "training.max_steps=null", "training.num_epochs=1", "training.batch_size=2"]

@@ -148,7 +148,7 @@ def prepare(
         world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)))
     )
     total_steps = count_steps(flat, len(rows))
-    check_warmup(flat, total_steps)
+    world.agreed(lambda: check_warmup(flat, total_steps))
     fingerprint = rows.fingerprint()
     settings = config.settings(world.size)
     found = world.first(

@@ -7,7 +7,7 @@ their way; gradients are summed in fp32 as soon as a block has them.
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -154,16 +154,25 @@ def load_once(world: World, load: Callable[[], tuple[PackedRows, PackedRows | No
     leads = world.local_rank == 0
     with tempfile.TemporaryDirectory(prefix="lacuna-") as own:
         rows: Any = world.agreed(load if leads else lambda: None)
-        if leads:
-            for index, part in enumerate(rows or ()):
-                for field in fields(PackedRows) if part is not None else ():
-                    np.save(Path(own, f"{index}-{field.name}.npy"), getattr(part, field.name))
+        world.agreed(lambda: _write_rows(Path(own), rows or ()))
         there = world.gather((own, [part is not None for part in rows or ()]))
         folder, parts = there[world.rank - world.local_rank]
         if not leads:
             rows = tuple(_mapped(Path(folder), index) if exists else None for index, exists in enumerate(parts))
         world.gather(None)
     return rows
+
+
+def _write_rows(folder: Path, rows: Sequence[PackedRows | None]) -> None:
+    try:
+        for index, part in enumerate(rows):
+            for field in fields(PackedRows) if part is not None else ():
+                np.save(folder / f"{index}-{field.name}.npy", getattr(part, field.name))
+    except OSError as error:
+        raise RunError(
+            f"{folder}: the data cannot be written there for the other processes: {error.strerror}; set TMPDIR to a "
+            "folder with room"
+        ) from error
 
 
 def _mapped(folder: Path, index: int) -> PackedRows:

@@ -150,6 +150,13 @@ def weights_folder(config: TrainingConfig) -> Path:
         raise _cannot_load(config, "its weights cannot be loaded", error) from error
 
 
+def _names_of_weights(config: TrainingConfig, folder: Path) -> set[str]:
+    try:
+        return stored_names(folder)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_load(config, "its weights cannot be loaded", error) from error
+
+
 def load_generation_config(config: TrainingConfig) -> GenerationConfig | None:
     """The model's generation_config.json, if it has one."""
     try:
@@ -203,7 +210,7 @@ def load_sharded(
         buffer.copy_(buffers[name])
     weights = {name.removeprefix("model."): tensor for name, tensor in weights_of(causal_lm).items()}
     folder = world.agreed(lambda: weights_folder(config)) if config.initialise == "pretrained" else None
-    if folder is not None and weights.keys() <= stored_names(folder):
+    if folder is not None and weights.keys() <= world.agreed(lambda: _names_of_weights(config, folder)):
         load_tensors(folder, weights)
         causal_lm.generation_config = load_generation_config(config) or causal_lm.generation_config
         world.agreed(lambda: check_loaded(config, causal_lm, (), tokenizer))
@@ -211,7 +218,7 @@ def load_sharded(
     on_host = replace(execution, device=Device("cpu", "CPU"))
     source = world.agreed(lambda: load_model(config, model_config, tokenizer, on_host) if world.is_first else None)
     full = {} if source is None else source.state_dict()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(causal_lm, full, options=options)
     causal_lm.generation_config = source.generation_config if source is not None else causal_lm.generation_config
     return model

@@ -78,7 +78,7 @@ def _train(
     else:
         rows, validation_rows = load_once(world, lambda: load_rows(config, renderer, console.print))
     total_steps = count_steps(config, len(rows or []))
-    check_warmup(config, total_steps)
+    world.agreed(lambda: check_warmup(config, total_steps))
     fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     precision = str(execution.dtype)
     found = world.first(
@@ -93,7 +93,7 @@ def _train(
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
-        model = load_sharded(config, model_config, tokenizer, execution, world)
+        model = world.agreed(lambda: load_sharded(config, model_config, tokenizer, execution, world))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
     train_steps(config, prepared, settle(config, prepared, model, console), console, stop)

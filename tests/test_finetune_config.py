@@ -975,15 +975,6 @@ def test_flash_attention_that_is_not_there_is_said(finetune: Finetune) -> None:
     assert "attention sdpa" in outcome.output
 
 
-def test_several_processes_need_a_folder_that_they_agree_on(
-    finetune: Finetune, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    outcome = finetune(training__output_dir="null")
-    assert_refused(outcome, "training.output_dir: several processes must agree on it: set it")
-
-
 def test_weights_that_cannot_be_read(finetune: Finetune, project: Path) -> None:
     shutil.copytree(project / "tiny", project / "torn")
     (project / "torn" / "model.safetensors").write_bytes(b"\0" * 20)

@@ -116,7 +116,7 @@ ELSEWHERE = {
 }
 """Settings without a run, and why."""
 
-ONLY_REFUSED = {"model.revision", "dataset.subset"}
+ONLY_REFUSED = {"model.revision", "dataset.subset", "gpus", "max_restarts"}
 """Settings of what comes from the hub: for a folder they are refused. tests/test_hub.py has a hub."""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def finetune(
     files: tuple[str, ...], device: str | None, resume: str | None, words: tuple[str, ...], dry_run: bool, verbose: bool
 ) -> None:
     """LoRA and QLoRA: train an adapter on a frozen, or quantised, model."""
+    from lacuna.config.finetune import default_output_dir
     from lacuna.config.layers import load_finetune, parse_settings
 
     settings = parse_settings(words)
@@ -109,6 +111,9 @@ def finetune(
 
     stay_offline_if_unreachable(config.as_sft())
     if starts_processes(config.gpus) and not dry_run:
+        if resume is None and config.training.output_dir is None:
+            config = config.with_output_dir(default_output_dir(config.model.path, time.strftime("%Y%m%d-%H%M%S")))
+            sys.argv += ["--set", f"training.output_dir={config.training.output_dir}"]
         launch_processes("finetune", config.as_sft())
         return
     os.environ.setdefault(*YIELDING_THREADS)

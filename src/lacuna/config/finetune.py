@@ -50,7 +50,7 @@ FINETUNE_ALTERNATIVES = [
     ("training.warmup_share", "training.warmup_steps"),
     ("dataset.validation_path", "dataset.validation_share"),
 ]
-FINETUNE_MAY_CHANGE = {IN_SFT[name] for name in MAY_CHANGE_ON_RESUME & IN_SFT.keys()} - {"training.batch_size"}
+FINETUNE_MAY_CHANGE = {IN_SFT[name] for name in MAY_CHANGE_ON_RESUME & IN_SFT.keys()} - {"training.batch_size", "gpus"}
 
 
 class Section(BaseModel):
@@ -263,10 +263,11 @@ class FinetuneConfig(Section):
             raise ConfigError(f"no setting {path!r}{did_you_mean(path, setting_paths(FinetuneConfig))}")
         return value
 
-    def settings(self, devices: int) -> dict[str, Any]:
+    def settings(self, devices: int = 1) -> dict[str, Any]:
         """Dotted path to value; what makes up a batch as one number, because how it is made up does not matter."""
         flat = dict(leaves(self.model_dump()))
         batch = flat.pop("training.batch_size") * flat.pop("training.gradient_accumulation_steps") * devices
+        del flat["gpus"]
         return {**flat, BATCH: batch}
 
     def with_output_dir(self, output_dir: str) -> "FinetuneConfig":

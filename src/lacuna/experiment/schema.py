@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lacuna.config.files import Layer, check, read_layer
+from lacuna.config.slurm import SlurmSettings
 from lacuna.experiment.merge import leaves
 
 MOST_RUNS = 100_000
@@ -50,6 +51,8 @@ class Experiment(BaseModel):
     """Name or dotted path to arithmetic over the other names, such as 2 * lora_rank."""
     exclude: list[dict[str, Any]] = []
     """Combinations to leave out: every run that agrees with all settings of one entry."""
+    slurm: SlurmSettings | None = None
+    """What a cluster has to know, for `lacuna slurm`; no run's config changes by it."""
 
     @field_validator("variables", mode="before")
     @classmethod

@@ -105,4 +105,6 @@ def _first_repeated(values: list[Any]) -> tuple[Any] | None:
 def read_experiment(source: str | Path | Mapping[str, Any]) -> tuple[Experiment, Layer]:
     """From a file or a mapping; the layer knows the line of every setting. Raises ConfigError with all problems."""
     layer = Layer("the experiment", dict(source)) if isinstance(source, Mapping) else read_layer(source)
-    return check(Experiment, layer.values, dict.fromkeys(layer.values, layer), flag=None), layer
+    section = layer.values.get("slurm")
+    names = [*layer.values, *(f"slurm.{name}" for name in (section if isinstance(section, dict) else {}))]
+    return check(Experiment, layer.values, dict.fromkeys(names, layer), flag=None), layer

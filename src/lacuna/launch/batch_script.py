@@ -10,12 +10,15 @@ from lacuna.config.slurm import SlurmSettings
 from lacuna.errors import ConfigError
 
 PRELUDE = """\
-fail() { echo "lacuna: this failed: $1" >&2; exit 1; }
+fail() {{ echo "lacuna: this failed: $1" >&2; exit 1; }}
 stop= child=
-pass_on() { stop=$1; [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true; }
+pass_on() {{ stop=$1; [ -z "$child" ] || kill -s "$1" "$child" 2> /dev/null || true; }}
 trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+trap {on_term} TERM
 """
+PASS_TERM_ON = "'pass_on TERM'"
+KEEP_TERM = "'stop=TERM'"
+"""On several nodes: SLURM tells the step itself, and srun would end it at once."""
 RENDEZVOUS = """\
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
@@ -98,7 +101,7 @@ def batch_script(job: Job, settings: SlurmSettings) -> str:
             "#!/bin/bash",
             *_options(job, settings),
             "",
-            PRELUDE,
+            PRELUDE.format(on_term=KEEP_TERM if settings.nodes > 1 else PASS_TERM_ON),
             *([RENDEZVOUS] if settings.nodes > 1 else []),
             *_activation(settings),
             "",

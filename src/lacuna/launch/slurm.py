@@ -108,6 +108,10 @@ def _jobs_of_mapping(
     is_torchtune = head["trainer"] == "torchtune"
     processes = head["gpus"] if is_torchtune else max(map(processes_of, _distinct_configs(mapping)))
     gpus = _gpus(settings, processes, read_layer(_distinct_configs(mapping)[0]).values)
+    if settings.nodes > 1 and "single_device" in str(head.get("recipe")):
+        raise ConfigError(
+            f"slurm: nodes is {settings.nodes}, but {head['recipe']} is for one device: set gpus: 2 or more"
+        )
     size = settings.max_array_size or _max_array_size()
     total = len(mapping.items)
     name = _file_name(head["experiment"]["experiment_name"])
@@ -177,14 +181,12 @@ def _active_jobs() -> list[str]:
 
 def _call(words: Sequence[str]) -> str:
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         raise ClusterError(
             f"{words[0]} is not on this machine: --submit works where SLURM is, such as on a login node; without it "
             "scripts are only written"
         ) from None
-    except subprocess.TimeoutExpired:
-        raise ClusterError(f"{words[0]} did not answer within two minutes") from None
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip() or f"exit code {error.returncode}"
         raise ClusterError(f"{words[0]} refused: {' '.join(reason.split())}") from None

@@ -1,12 +1,8 @@
 """What a job runs: an entry of the run mapping, or one config, becomes its trainer's command."""
 
 import os
-import signal
-import subprocess
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +12,10 @@ from lacuna.errors import ConfigError
 from lacuna.experiment import torchtune
 from lacuna.experiment.folder import MAPPING, digest
 from lacuna.experiment.mapping import read_mapping
+from lacuna.launch.child import SIGNALS, run_torchrun, run_watched
+from lacuna.launch.nodes import rendezvous, torchrun
 from lacuna.runs.folder import locked, read_status, write_status
 from lacuna.runs.logs import last_words
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-LONGEST_SAVE_SECONDS = 86400
-"""torchrun otherwise kills its processes 30 s after it told them to stop."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
     if task.trainer == "torchtune":
         return run_torchtune(words, task.output_dir)
     if nodes(os.environ) > 1:
-        return run_child(words)[0]
+        return run_torchrun(words)
     os.execv(words[0], words)
 
 
@@ -113,77 +106,28 @@ def command(task: Task, environment: Mapping[str, str], torchtune_python: str | 
     if task.trainer == "torchtune":
         found = torchtune.need_environment(torchtune_python)
         tune, run, *rest = torchtune.command(found, task.recipe, task.gpus, str(task.config))
-        if nodes(environment) == 1:
-            return [tune, run, *rest]
-        return [tune, run, *_rendezvous(task, environment), task.recipe or "RECIPE", "--config", str(task.config)]
-    words = ["-m", "lacuna", task.trainer, "--config" if task.trainer == "finetune" else "@", str(task.config)]
-    if nodes(environment) == 1:
-        return [sys.executable, *words]
-    return [sys.executable, "-m", "torch.distributed.run", *_rendezvous(task, environment), *words]
-
-
-def _rendezvous(task: Task, environment: Mapping[str, str]) -> list[str]:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_NODEID") if name not in environment]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)}: not set: on several nodes a script of `lacuna slurm` starts the run")
-    is_head = environment["SLURM_NODEID"] == "0"
-    options = {
-        "nnodes": environment["SLURM_NNODES"],
-        "nproc-per-node": str(task.gpus),
-        "rdzv-id": f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}",
-        "rdzv-backend": "c10d",
-        "rdzv-endpoint": f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
-        "rdzv-conf": f"is_host={'true' if is_head else 'false'}",
-        "signals-to-handle": TORCHRUN_SIGNALS,
-        "shutdown-timeout": str(LONGEST_SAVE_SECONDS),
-    }
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
-
-
-def run_child(words: Sequence[str], watched: bool = False) -> tuple[int, str]:
-    """Run a command, pass signals on to it, and return its exit code and, where watched, the end of its stderr.
-
-    torchrun's own exit code hides that it was told to stop; then it is 128 + signal here.
-    """
-    asked: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        if child is not None:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        child = subprocess.Popen(words, stderr=subprocess.PIPE if watched else None)
-        for number in asked:
-            child.send_signal(number)
-        tail: deque[bytes] = deque(maxlen=64)
-        while child.stderr is not None and (chunk := os.read(child.stderr.fileno(), 4096)):
-            tail.append(chunk)
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    code = 128 - code if code < 0 else code
-    return 128 + asked[0] if asked and code else code, b"".join(tail).decode(errors="replace")
+        flags = rendezvous(task.gpus, environment) if nodes(environment) > 1 else []
+        return [tune, run, *flags, *rest]
+    words = [task.trainer, "--config" if task.trainer == "finetune" else "@", str(task.config)]
+    if nodes(environment) > 1:
+        return torchrun(words, task.gpus, environment)
+    return [sys.executable, "-m", "lacuna", *words]
 
 
 def run_torchtune(words: Sequence[str], output_dir: str | None) -> int:
     """Run torchtune, which leaves no status.json, and write that for it."""
-    folder = Path(output_dir) if output_dir is not None and os.environ.get("SLURM_NODEID", "0") == "0" else None
-    with locked(folder) if folder is not None else nullcontext():
-        if folder is not None:
-            if (read_status(folder) or {}).get("state") == "finished":
-                print(f"already finished: {folder}")
-                return 0
-            write_status(folder, "running", 0, None)
-        code, errors = run_child(words, watched=True)
-        if folder is not None:
-            stopped = code in {128 + number for number in SIGNALS}
-            state = "finished" if code == 0 else "interrupted" if stopped else "failed"
-            reason = {"reason": last_words(errors) or f"exit code {code}"} if code else {}
-            write_status(folder, state, 0, None, **reason)
+    is_first = os.environ.get("SLURM_NODEID", "0") == "0"
+    if output_dir is None or not is_first:
+        return run_watched(words)[0]
+    folder = Path(output_dir)
+    with locked(folder):
+        if (read_status(folder) or {}).get("state") == "finished":
+            print(f"already finished: {folder}")
+            return 0
+        write_status(folder, "running", 0, None)
+        code, errors = run_watched(words)
+        stopped = code in {128 + number for number in SIGNALS}
+        state = "finished" if code == 0 else "interrupted" if stopped else "failed"
+        reason = {"reason": last_words(errors) or f"exit code {code}"} if code else {}
+        write_status(folder, state, 0, None, **reason)
     return code

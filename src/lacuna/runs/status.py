@@ -99,7 +99,7 @@ def _row(
     active = None if active is not None and active.is_over else active
     folder = str(place.folder) if place.folder is not None else None
     if status is None:
-        state, reason = _unstarted(place, active, past.get(job or ""))
+        state, reason = _unstarted(place, queue.time, active, past.get(job or ""))
         return Row(place.run, folder, state, job=job, reason=reason)
     is_newer = queue.time is not None and status.get("time", 0) > queue.time
     state, reason = _started(status, alive or is_newer, active, past.get(job or ""))
@@ -118,11 +118,14 @@ def _row(
     )
 
 
-def _unstarted(place: Place, active: JobState | None, end: JobState | None) -> tuple[str, str]:
+def _unstarted(place: Place, asked: float | None, active: JobState | None, end: JobState | None) -> tuple[str, str]:
+    """asked: when SLURM was, which may have been before the job was submitted."""
     if active is not None:
         return ("pending", active.reason) if active.is_waiting else ("starting", "")
     if place.submission is None:
         return "not submitted", ""
+    if asked is None or asked < place.submission.time:
+        return "submitted", ""
     state, why = ENDS.get(end.state, ("failed", "")) if end is not None else ("failed", "")
     log = Path(place.submission.logs, f"{place.job}.log")
     return state, last_words(tail(log)) or why or f"job {place.job} is over, and has left no log at {log}"

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ class Project:
 
     def submit(self, *words: str) -> str:
         """The id of the job."""
-        return self.lacuna("slurm", *words, "--submit").split()[-1]
+        (id,) = re.findall(r"^submitted: job (\d+)$", self.lacuna("slurm", *words, "--submit"), re.MULTILINE)
+        return str(id)
 
     def rows(self, where: str) -> list[dict[str, Any]]:
         """`lacuna status` as it is now, whatever it was half a minute ago."""
@@ -83,14 +84,14 @@ def test_sbatch_reads_back_what_was_written(cluster: Cluster, tmp_path: Path) ->
     folder = tmp_path / "a $b 'c' \"d\" %x #1"
     folder.mkdir()
     comment = 'it\'s "1" \\ $HOME #2 `x` ; é'
-    settings = SlurmSettings(extra={"comment": comment, "hold": "", "exclusive": ""})
+    settings = SlurmSettings(extra={"comment": comment, "exclusive": ""}, setup=["echo here; exit 3"])
     (tmp_path / "a.sh").write_text(batch_script(job(directory=folder, logs=folder, offset=None, gpus=0), settings))
     id = cluster.call("sbatch", "--parsable", tmp_path / "a.sh").strip()
+    cluster.wait_for(id)
+    assert (folder / f"{id}.log").read_text() == "here\n"
     shown = cluster.call("scontrol", "show", "job", id)
-    cluster.call("scancel", id)
     assert f"\n   Comment={comment} \n" in shown
     assert f"\n   WorkDir={folder}\n" in shown
-    assert f"StdOut={folder}/{id}.log\n".replace("%x", "%%x") in shown.replace("%j", id)
     assert "Requeue=1 " in shown
 
 
@@ -119,13 +120,13 @@ def test_six_runs_of_which_one_fails_two_at_a_time(project: Project) -> None:
     rows = project.rows("configs")
     assert [row["state"] for row in rows] == ["finished", "finished", "failed", "failed", "finished", "finished"], rows
     assert [row["job"] for row in rows] == [f"{id}_{index}" for index in range(6)]
-    assert "is not finite" in rows[2]["reason"] or "not a number" in rows[2]["reason"]
+    assert "the loss is nan" in rows[2]["reason"]
     assert all((project.folder / "runs" / f"run_00{index}" / "final").is_dir() for index in (0, 1, 4, 5))
 
 
 def test_a_run_outlives_the_time_limit_a_requeue_and_its_node(project: Project) -> None:
     """Its weights are then those of a run that nothing has disturbed, to the bit."""
-    steps = {"steps": 900, "save_every": 50}
+    steps = {"steps": 600, "save_every": 50}
     undisturbed = write_base(project.folder, **project.files, **steps, output_dir="calm")
     undisturbed.rename(project.folder / "calm.yaml")
     write_base(project.folder, **project.files, **steps, output_dir="rough")
@@ -151,7 +152,7 @@ def test_a_run_outlives_the_time_limit_a_requeue_and_its_node(project: Project) 
     project.cluster.start_node(node)
     project.cluster.wait_for(id, calm)
     (row,) = project.rows("rough")
-    assert (row["state"], row["step"], row["restarts"]) == ("finished", 900, 3), project.logs()
+    assert (row["state"], row["step"], row["restarts"]) == ("finished", 600, 3), project.logs()
     log = (project.folder / "slurm" / "logs" / f"{id}.log").read_text()
     assert log.count("resuming from") == 3
     assert f"lacuna: stopped, and requeued as {id}" in log
@@ -201,13 +202,13 @@ def test_the_script_for_use_by_hand_runs_over_two_nodes(project: Project) -> Non
     log = (project.folder / f"slurm-{done.stdout.strip()}.out").read_text()
     (row,) = project.rows("hand")
     assert row["state"] == "finished", log
-    assert sys.executable
 
 
 def test_a_cancelled_job_stays_cancelled(project: Project) -> None:
     write_base(project.folder, **project.files, steps=5000, output_dir="cancelled")
     id = project.submit("one.yaml")
     project.wait_for_step("cancelled", 5)
+    assert f"job {id} of it is still queued or running" in project.lacuna("slurm", "one.yaml", "--submit", code=2)
     project.cluster.call("scancel", id)
     project.cluster.wait_for(id)
     (row,) = project.rows("cancelled")

@@ -252,6 +252,7 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
 @click.option(
     "--configs", metavar="DIR", default="configs", show_default=True, help="Where an experiment's configs go."
 )
+@click.option("--force", is_flag=True, help="Replace the configs of another experiment there.")
 @click.option("--submit", is_flag=True, help="Submit the scripts by sbatch.")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -260,6 +261,7 @@ def slurm(
     cluster: str | None,
     output: str,
     configs: str,
+    force: bool,
     submit: bool,
     torchtune_python: str | None,
     verbose: bool,
@@ -267,7 +269,7 @@ def slurm(
     """Write batch scripts: one array for an experiment or a folder of generated configs, one job for one config."""
     from lacuna.launch.slurm import write_scripts
 
-    written = write_scripts(target, cluster, output, configs, torchtune_python)
+    written = write_scripts(target, cluster, output, configs, force, torchtune_python)
     for note in written.notes:
         click.echo(f"note: {note}", err=True)
     for script, job in zip(written.scripts, written.jobs, strict=True):

@@ -1,1 +1,1 @@
-"""Starting runs: on this machine, and by SLURM."""
+"""How runs are started on many devices and on clusters."""

@@ -46,8 +46,7 @@ if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {bound} ]; then
     echo "lacuna: stopped, and not requeued after ${{SLURM_RESTART_COUNT:-0}} restarts (max_requeues)" >&2
     exit "$code"
 fi
-job=$SLURM_JOB_ID
-[ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+job={id}
 echo "lacuna: stopped, and requeued as $job" >&2
 scontrol requeue "$job" || fail "scontrol requeue $job"
 """
@@ -93,7 +92,10 @@ def batch_script(job: Job, settings: SlurmSettings) -> str:
     if not job.resumes:
         ending = NOT_REQUEUEING.format(reason="torchtune would begin again")
     elif settings.requeue:
-        ending = REQUEUEING.format(bound=settings.max_requeues)
+        ending = REQUEUEING.format(
+            bound=settings.max_requeues,
+            id="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.offset is not None else "$SLURM_JOB_ID",
+        )
     else:
         ending = NOT_REQUEUEING.format(reason="requeue is false")
     return "\n".join(

@@ -1,5 +1,6 @@
 """`lacuna slurm`: batch scripts for an experiment, its run mapping, or one config, and their submission."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,9 @@ from lacuna.runs.folder import write_whole
 
 MOST_TASKS = 1001
 """SLURM's MaxArraySize, where it has not been changed."""
+
+OF_A_JOB = ("SLURM_ARRAY_", "SLURM_RESTART_COUNT")
+"""Variables that a job submitted from within another would take for its own."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,19 @@ def write_scripts(
     cluster: str | None = None,
     output: str = "slurm",
     configs: str = "configs",
+    force: bool = False,
     torchtune_python: str | None = None,
 ) -> Written:
     """Write a batch script, or for a large experiment several, into a folder.
 
     target: an experiment, whose configs go into the folder `configs`; a run mapping or its folder; or one config.
     cluster: a file of settings, under the experiment's `slurm:` section. Runs start in the working directory.
+    force: replace the configs of another experiment there.
     Raises ConfigError with all problems; what `generate` wrote stays then.
     """
     notes: list[str] = []
     if Path(target).is_file() and Path(target).name != MAPPING and "experiment_name" in read_layer(target).values:
-        done = generate(target, configs, torchtune_python=torchtune_python)
+        done = generate(target, configs, force=force, torchtune_python=torchtune_python)
         notes, target = [*done.notes, f"configs: {done.output}/ ({len(done.runs)} runs)"], done.output
     if Path(target).name == MAPPING or Path(target).is_dir():
         mapping = read_mapping(target)
@@ -180,8 +186,9 @@ def _active_jobs() -> list[str]:
 
 
 def _call(words: Sequence[str]) -> str:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_JOB)}
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(words, capture_output=True, text=True, check=True, env=ours).stdout
     except FileNotFoundError:
         raise ClusterError(
             f"{words[0]} is not on this machine: --submit works where SLURM is, such as on a login node; without it "

@@ -18,6 +18,8 @@ OVER = {
 }  # fmt: skip
 """States in which a job no longer is in the queue; `squeue` still tells them for some minutes."""
 
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -28,7 +30,7 @@ class JobState:
 
     @property
     def is_waiting(self) -> bool:
-        return self.state not in OVER and self.state in {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}
+        return self.state in WAITING
 
     @property
     def is_over(self) -> bool:

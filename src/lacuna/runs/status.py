@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -169,7 +170,7 @@ def find_runs(where: Path) -> list[Place]:
         raise RunError(f"{where}: no such folder; status takes a run folder, a folder of them, or a {MAPPING}")
     if (where / "status.json").is_file():
         return [Place(where.name or str(where.resolve().name), where)]
-    found = [Place(os.path.relpath(folder, where), Path(folder)) for folder in _run_folders(str(where), DEPTH)]
+    found = [Place(folder[len(str(where)) :].lstrip("/"), Path(folder)) for folder in _run_folders(str(where), DEPTH)]
     if not found:
         raise RunError(f"{where}: no run is in it, and no {MAPPING}")
     return found
@@ -179,7 +180,7 @@ def _run_folders(folder: str, depth: int) -> Iterator[str]:
     with os.scandir(folder) as entries:
         inner = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     for path in inner:
-        if os.path.exists(os.path.join(path, "status.json")):
+        if os.path.exists(f"{path}/status.json"):
             yield path
         elif depth > 1:
             yield from _run_folders(path, depth - 1)
@@ -191,11 +192,12 @@ def _of_mapping(mapping: RunMapping) -> list[Place]:
     directory = Path(submissions[-1].directory) if submissions else Path()
     tasks = {done.offset + task: (done, task) for done in submissions for task in range(done.count)}
     return [
-        Place(run, directory / folder if folder is not None else None, *tasks.get(index, (None, 0)))
+        Place(run, directory / Path(folder).expanduser() if folder is not None else None, *tasks.get(index, (None, 0)))
         for index, (run, folder) in enumerate(mapping.places)
     ]
 
 
+SHOWN_REASON = 120
 HEADER = ("run", "state", "step", "loss", "tokens/s", "restarts", "job", "reason")
 
 
@@ -225,5 +227,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else "",
         str(row.restarts) if row.restarts is not None else "",
         row.job or "",
-        " ".join(row.reason.split()),
+        textwrap.shorten(row.reason, SHOWN_REASON, placeholder=" …"),
     )

@@ -173,7 +173,7 @@ def write_status(folder: Path, state: str, step: int, total_steps: int | None, *
 def read_status(folder: Path) -> dict[str, Any] | None:
     """None where there is none, or none that can be read."""
     try:
-        status = json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_bytes())
     except (OSError, ValueError):
         return None
     return status if isinstance(status, dict) else None

@@ -7,10 +7,10 @@ from pathlib import Path
 TAIL_BYTES = 4096
 
 
-def tail(file: Path) -> str:
+def tail(file: Path | str) -> str:
     """The last lines of a file, the first of them perhaps cut; nothing where it cannot be read."""
     try:
-        with file.open("rb") as opened:
+        with open(file, "rb", buffering=0) as opened:
             opened.seek(max(0, os.fstat(opened.fileno()).st_size - TAIL_BYTES))
             return opened.read().decode(errors="replace")
     except OSError:

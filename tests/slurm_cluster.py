@@ -1,6 +1,7 @@
 """A real SLURM of two nodes on this host, in a folder of its own; the machine's own SLURM stays as it is."""
 
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -38,8 +39,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=8000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=8000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -52,7 +53,7 @@ class Cluster:
         (folder / "state").mkdir()
         host = socket.gethostname().partition(".")[0]
         _make_resolvable(host)
-        text = CONF.format(host=host, user=os.environ.get("USER", "root"), ports=_free_ports(3), folder=folder)
+        text = CONF.format(host=host, user=pwd.getpwuid(os.getuid()).pw_name, ports=_free_ports(3), folder=folder)
         (folder / "slurm.conf").write_text(text)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))},
@@ -102,7 +103,7 @@ class Cluster:
             assert time.monotonic() < end, f"it did not come to that; jobs: {self.jobs()}, nodes: {self.nodes()}"
             time.sleep(0.2)
 
-    def wait_for(self, *jobs: str, seconds: float = 120) -> None:
+    def wait_for(self, *jobs: str, seconds: float = 300) -> None:
         """Until these are no longer in the queue. What was requeued starts at once, not after SLURM's two minutes."""
 
         def are_over() -> bool:
@@ -118,7 +119,7 @@ class Cluster:
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, check=False)
+        subprocess.run(["scancel", f"--user={os.getuid()}"], env=self.environment, capture_output=True, check=False)
         time.sleep(1)
         for file in sorted(self.folder.glob("*.pid")):
             with suppress(ProcessLookupError):

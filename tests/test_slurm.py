@@ -64,11 +64,11 @@ class Project:
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def wait_for_step(self, run: str, step: int) -> None:
-        self.cluster.wait_until(lambda: self.step(run) >= step, 60)
+        self.cluster.wait_until(lambda: self.step(run) >= step, 180)
 
     def wait_for_requeue(self, job: str) -> None:
         """Then it starts at once."""
-        self.cluster.wait_until(lambda: self.cluster.jobs().get(job) == "PENDING", 60)
+        self.cluster.wait_until(lambda: self.cluster.jobs().get(job) == "PENDING", 120)
         self.cluster.start_now(job)
 
     def logs(self) -> str:
@@ -115,7 +115,7 @@ def test_six_runs_of_which_one_fails_two_at_a_time(project: Project) -> None:
         most = max(most, states.count("RUNNING"))
         return not states
 
-    project.cluster.wait_until(are_over, 180)
+    project.cluster.wait_until(are_over, 300)
     assert most == 2
     rows = project.rows("configs")
     assert [row["state"] for row in rows] == ["finished", "finished", "failed", "failed", "finished", "finished"], rows
@@ -143,11 +143,11 @@ def test_a_run_outlives_the_time_limit_a_requeue_and_its_node(project: Project) 
     project.wait_for_step("rough", second + 20)
     node = project.cluster.call("squeue", "--noheader", "--format=%N", "-j", id).strip()
     project.cluster.kill_node(node)
-    project.cluster.wait_until(lambda: project.cluster.jobs().get(id) == "PENDING", 60)
+    project.cluster.wait_until(lambda: project.cluster.jobs().get(id) == "PENDING", 120)
     assert project.rows("rough")[0]["state"] == "requeued"
     project.cluster.start_now(id)
     calm = project.submit("calm.yaml")
-    project.cluster.wait_until(lambda: project.cluster.jobs().get(id) == "RUNNING", 30)
+    project.cluster.wait_until(lambda: project.cluster.jobs().get(id) == "RUNNING", 60)
     assert project.cluster.call("squeue", "--noheader", "--format=%N", "-j", id).strip() != node
     project.cluster.start_node(node)
     project.cluster.wait_for(id, calm)

@@ -19,6 +19,12 @@ from test_hub import write_qwen
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {
+    "lacuna slurm grid.yaml": "test_slurm_scripts.py",
+    "lacuna slurm grid.yaml --submit": "test_slurm.py, on a real SLURM, as the next four",
+    "lacuna slurm configs --submit": "the same",
+    "lacuna slurm configs/sft_qwen.toml --cluster cluster.yaml --submit": "the same",
+    "lacuna status configs": "the same",
+    "sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh sft @ configs/sft_qwen.toml": "the same",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",

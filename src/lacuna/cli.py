@@ -271,6 +271,71 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
         click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+@lacuna.command(context_settings=HELP)
+@click.argument("target", metavar="EXPERIMENT.yaml|CONFIG|DIR")
+@click.option("--cluster", metavar="FILE", help="Settings of the cluster; an experiment's slurm section goes over it.")
+@click.option("--output", metavar="DIR", default="slurm", show_default=True, help="Where scripts and logs go.")
+@click.option(
+    "--configs", metavar="DIR", default="configs", show_default=True, help="Where an experiment's configs go."
+)
+@click.option("--force", is_flag=True, help="Replace the configs of another experiment there.")
+@click.option("--submit", is_flag=True, help="Submit the scripts by sbatch.")
+@click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def slurm(
+    target: str,
+    cluster: str | None,
+    output: str,
+    configs: str,
+    force: bool,
+    submit: bool,
+    torchtune_python: str | None,
+    verbose: bool,
+) -> None:
+    """Write batch scripts: one array for an experiment or a folder of generated configs, one job for one config."""
+    from lacuna.launch.slurm import write_scripts
+
+    written = write_scripts(target, cluster, output, configs, force, torchtune_python)
+    for note in written.notes:
+        click.echo(f"note: {note}", err=True)
+    for script, job in zip(written.scripts, written.jobs, strict=True):
+        runs = f"runs {job.offset} to {job.offset + job.count - 1}" if job.offset is not None else "one run"
+        click.echo(f"{os.path.relpath(script)}: {runs} of {os.path.relpath(job.target)}")
+    if submit:
+        for id in written.submit():
+            click.echo(f"submitted: job {id}")
+        return
+    click.echo("submit with --submit, or by:\n  " + "\n  ".join(written.commands()), err=True)
+
+
+@lacuna.command(context_settings=HELP)
+@click.argument("target", metavar="MAPPING|CONFIG")
+@click.argument("index", type=int, required=False)
+@click.option("--sha256", help="What the mapping, or the config, must have.")
+@click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def start(target: str, index: int | None, sha256: str | None, torchtune_python: str | None, verbose: bool) -> None:
+    """Become run INDEX of a run_mapping.yaml, or the run of one config: what a SLURM job calls."""
+    from lacuna.launch.start import start as become
+
+    sys.exit(become(target, index, sha256, torchtune_python))
+
+
+@lacuna.command(context_settings=HELP)
+@click.argument("where", metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def status(where: str, as_json: bool, verbose: bool) -> None:
+    """Every run's state, step, loss, speed, restarts, job and reason of failure.
+
+    DIR: a run folder, a folder of run folders, or a folder of generated configs (its run_mapping.yaml).
+    """
+    from lacuna.runs import status as runs
+
+    rows = runs.table(where)
+    click.echo(runs.as_json(rows) if as_json else runs.as_text(rows))
+
+
 def run(command: click.Command) -> None:
     """Run a command; what the user can mend ends in one message and exit code 2."""
     debug = not {"--verbose", "-v"}.isdisjoint(sys.argv) or os.environ.get("LACUNA_DEBUG") == "1"

@@ -5,6 +5,7 @@ LacunaError            exit 2, one message, no traceback
 ├── DataError          a data file, its rows, or what the chat template makes of them
 ├── ModelError         a model folder or name, its tokenizer, or what the model cannot do
 ├── RunError           the run folder: in use, of another run, damaged, disk full
+├── ClusterError       SLURM: not there, or it refused
 ├── NonFiniteLossError training diverged; the last checkpoint is untouched
 ├── LostProcessError   another process of the run has ended; its own message says why
 └── MissingExtraError  an optional dependency is not installed
@@ -42,6 +43,10 @@ class ModelError(LacunaError):
 
 class RunError(LacunaError):
     """The run folder: in use, of another run, damaged, or the disk is full."""
+
+
+class ClusterError(LacunaError):
+    """SLURM is not there, or it refused."""
 
 
 class NonFiniteLossError(LacunaError):

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -201,18 +201,24 @@ def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted paths of all settings of a config, sections left out."""
     paths = []
     for name, details in model.model_fields.items():
-        kind: Any = details.annotation
-        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
-        paths += setting_paths(kind, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+        section = _section(details)
+        paths += setting_paths(section, f"{prefix}{name}.") if section is not None else [f"{prefix}{name}"]
     return paths
+
+
+def _section(details: FieldInfo) -> type[BaseModel] | None:
+    """The model of a section, which may be one that can be left out."""
+    kinds = get_args(details.annotation) or (details.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def field_at(model: type[BaseModel], path: str) -> FieldInfo:
     """The field of a setting, by its dotted path."""
     *sections, name = path.split(".")
     for section in sections:
-        kind: Any = model.model_fields[section].annotation
-        model = kind
+        inner = _section(model.model_fields[section])
+        assert inner is not None, path
+        model = inner
     return model.model_fields[name]
 
 

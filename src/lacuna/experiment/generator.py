@@ -103,6 +103,8 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
 def _mapping(planned: Design, texts: Mapping[str, str]) -> dict[str, Any]:
     experiment, base = planned.experiment, planned.base
     written = {name: value for name, value in experiment.model_dump().items() if value not in (None, [], {})}
+    if experiment.slurm is not None:
+        written["slurm"] = experiment.slurm.model_dump(exclude_unset=True)
     return {
         "experiment": written,
         "trainer": base.trainer,

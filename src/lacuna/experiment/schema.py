@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lacuna.config.files import Layer, check, read_layer
+from lacuna.config.slurm import SlurmSettings
 from lacuna.experiment.merge import leaves
 
 MOST_RUNS = 100_000
@@ -50,6 +51,8 @@ class Experiment(BaseModel):
     """Name or dotted path to arithmetic over the other names, such as 2 * lora_rank."""
     exclude: list[dict[str, Any]] = []
     """Combinations to leave out: every run that agrees with all settings of one entry."""
+    slurm: SlurmSettings | None = None
+    """What a cluster has to know, for `lacuna slurm`; no run's config changes by it."""
 
     @field_validator("variables", mode="before")
     @classmethod
@@ -102,4 +105,6 @@ def _first_repeated(values: list[Any]) -> tuple[Any] | None:
 def read_experiment(source: str | Path | Mapping[str, Any]) -> tuple[Experiment, Layer]:
     """From a file or a mapping; the layer knows the line of every setting. Raises ConfigError with all problems."""
     layer = Layer("the experiment", dict(source)) if isinstance(source, Mapping) else read_layer(source)
-    return check(Experiment, layer.values, dict.fromkeys(layer.values, layer), flag=None), layer
+    section = layer.values.get("slurm")
+    names = [*layer.values, *(f"slurm.{name}" for name in (section if isinstance(section, dict) else {}))]
+    return check(Experiment, layer.values, dict.fromkeys(names, layer), flag=None), layer

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -44,28 +44,57 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def patience(environment: Mapping[str, str]) -> float:
+    """Seconds to wait for a run folder: a job that SLURM restarted may find a lost node's process still holding it.
+
+    Otherwise a moment, in which `lacuna status` may look at the lock.
+    """
+    return 600.0 if int(environment.get("SLURM_RESTART_COUNT", 0)) > 0 else 0.5
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; the lock goes with the process, however that ends. Raises RunError if another holds it."""
+def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however that ends.
+
+    Raises RunError if another still holds it after so many seconds; `patience` says how many where none are given.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (folder / ".lock").open("a+")
     except OSError as error:
         raise RunError(f"output_dir {folder}: cannot be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RunError(
-                f"output_dir {folder} is being trained by process {lock.read().strip() or '(unknown)'}: wait for it, "
-                "or choose another --output-dir"
-            ) from None
+        end = time.monotonic() + (patience(os.environ) if seconds is None else seconds)
+        while not _try_lock(lock, fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                lock.seek(0)
+                raise RunError(
+                    f"output_dir {folder} is being trained by process {lock.read().strip() or '(unknown)'}: wait for "
+                    "it, or choose another --output-dir"
+                )
+            time.sleep(0.1)
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _try_lock(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is training in the run folder, as far as this machine can see."""
+    try:
+        with (folder / ".lock").open() as lock:
+            return not _try_lock(lock, fcntl.LOCK_SH)
+    except OSError:
+        return False
 
 
 def refuse_foreign_folder(folder: Path) -> None:
@@ -126,12 +155,25 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(changes.stdout.strip())}
 
 
+def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The SLURM job of this process, `123` or `123_4`, and how often it was restarted; empty outside SLURM."""
+    if "SLURM_JOB_ID" not in environment:
+        return {}
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array is not None else environment["SLURM_JOB_ID"]
+    return {"job": job, "restarts": int(environment.get("SLURM_RESTART_COUNT", 0))}
+
+
 def write_status(folder: Path, state: str, step: int, total_steps: int | None, **more: Any) -> None:
-    """state: starting, running, finished, interrupted or failed."""
+    """state: starting, running, finished, interrupted or failed. In a SLURM job, its id and restarts are added."""
     facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": time.time()}
-    write_json(folder / "status.json", {**facts, **more})
+    write_json(folder / "status.json", {**facts, **job_of(os.environ), **more})
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    path = folder / "status.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """None where there is none, or none that can be read."""
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None

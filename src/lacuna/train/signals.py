@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """While entered, a signal ends the program at once as long as `at_once` is set, and is only noted otherwise.
 
-    A second Ctrl-C never waits.
+    A second Ctrl-C never waits. Signals that a launcher blocked (lacuna.launch.child) are let through.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,133 @@
+"""What a job runs: an entry of the run mapping, or one config, becomes its trainer's command."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lacuna.config.files import did_you_mean, read_layer
+from lacuna.config.trainers import CONFIGS, trainer_of
+from lacuna.errors import ConfigError
+from lacuna.experiment import torchtune
+from lacuna.experiment.folder import MAPPING, digest
+from lacuna.experiment.mapping import read_mapping
+from lacuna.launch.child import SIGNALS, run_torchrun, run_watched
+from lacuna.launch.nodes import rendezvous, torchrun
+from lacuna.runs.folder import locked, read_status, write_status
+from lacuna.runs.logs import last_words
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to start. gpus: its processes on a node. recipe and output_dir: torchtune's."""
+
+    trainer: str
+    config: Path
+    gpus: int
+    recipe: str | None = None
+    output_dir: str | None = None
+
+
+def start(target: str, index: int | None, sha256: str | None, torchtune_python: str | None) -> int:
+    """Become the command of a run; where something is to be done after it, run it, and return its exit code.
+
+    target: a run mapping and an index in it, or a config alone. sha256: what the target must have.
+    Raises ConfigError where a file is not the one that was generated or submitted.
+    """
+    task = find_task(target, index, sha256)
+    words = command(task, os.environ, torchtune_python)
+    if task.trainer == "torchtune":
+        return run_torchtune(words, task.output_dir)
+    if nodes(os.environ) > 1:
+        return run_torchrun(words)
+    os.execv(words[0], words)
+
+
+def find_task(target: str, index: int | None, sha256: str | None) -> Task:
+    """Raises ConfigError: no such run, a file that was changed, or a config of no trainer."""
+    if Path(target).name == MAPPING or Path(target).is_dir():
+        if index is None:
+            raise ConfigError(f"{target}: which run of it? lacuna start {target} 0")
+        mapping = read_mapping(target)
+        _refuse_change(mapping.file, mapping.sha256, sha256)
+        entry = mapping.entry(index)
+        config = mapping.file.with_name(entry["config"])
+        _refuse_change(config, _digest_of(config), entry["sha256"])
+        head = mapping.head
+        if head["trainer"] == "torchtune":
+            return Task("torchtune", config, head["gpus"], head.get("recipe"), entry["output_dir"])
+        return Task(head["trainer"], config, processes_of(config))
+    config = Path(target).absolute()
+    if index is not None:
+        raise ConfigError(f"{target} is one config, and has no run {index}")
+    trainer = config_trainer(config)
+    _refuse_change(config, _digest_of(config), sha256)
+    return Task(trainer, config, processes_of(config))
+
+
+def config_trainer(config: Path) -> str:
+    """The trainer that a config names. Raises ConfigError where that is none of lacuna's."""
+    layer = read_layer(config)
+    trainer = trainer_of(layer.values)
+    if trainer not in CONFIGS:
+        hint = did_you_mean(str(trainer), [*CONFIGS]) if trainer is not None else ""
+        raise ConfigError(
+            f"{layer.where('trainer')}: a config of lacuna's has trainer = {', '.join(map(repr, CONFIGS))}, not "
+            f"{trainer!r}{hint}; an experiment has experiment_name"
+        )
+    return str(trainer)
+
+
+def processes_of(config: Path) -> int:
+    """The processes that a config of lacuna's asks for, on each node."""
+    gpus = read_layer(config).values.get("gpus", 1)
+    return gpus if isinstance(gpus, int) else 1
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        return digest(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _refuse_change(file: Path, found: str, wanted: str | None) -> None:
+    if wanted is not None and found != wanted:
+        raise ConfigError(f"{file}: was changed since it was generated or submitted: do that again")
+
+
+def nodes(environment: Mapping[str, str]) -> int:
+    return int(environment.get("SLURM_NNODES", 1))
+
+
+def command(task: Task, environment: Mapping[str, str], torchtune_python: str | None) -> list[str]:
+    """What starts the run; where SLURM gave several nodes, the torchrun of this one."""
+    if task.trainer == "torchtune":
+        found = torchtune.need_environment(torchtune_python)
+        tune, run, *rest = torchtune.command(found, task.recipe, task.gpus, str(task.config))
+        flags = rendezvous(task.gpus, environment) if nodes(environment) > 1 else []
+        return [tune, run, *flags, *rest]
+    words = [task.trainer, "--config" if task.trainer == "finetune" else "@", str(task.config)]
+    if nodes(environment) > 1:
+        return torchrun(words, task.gpus, environment)
+    return [sys.executable, "-m", "lacuna", *words]
+
+
+def run_torchtune(words: Sequence[str], output_dir: str | None) -> int:
+    """Run torchtune, which leaves no status.json, and write that for it."""
+    is_first = os.environ.get("SLURM_NODEID", "0") == "0"
+    if output_dir is None or not is_first:
+        return run_watched(words)[0]
+    folder = Path(output_dir)
+    with locked(folder):
+        if (read_status(folder) or {}).get("state") == "finished":
+            print(f"already finished: {folder}")
+            return 0
+        write_status(folder, "running", 0, None)
+        code, errors = run_watched(words)
+        stopped = code in {128 + number for number in SIGNALS}
+        state = "finished" if code == 0 else "interrupted" if stopped else "failed"
+        reason = {"reason": last_words(errors) or f"exit code {code}"} if code else {}
+        write_status(folder, state, 0, None, **reason)
+    return code

@@ -1,0 +1,231 @@
+"""The state of every run, from the run folders, their locks, and what SLURM knows."""
+
+import json
+import os
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lacuna.errors import RunError
+from lacuna.experiment.folder import MAPPING
+from lacuna.experiment.mapping import RunMapping, read_mapping
+from lacuna.launch.record import Submission, read_submissions
+from lacuna.runs.folder import is_held, read_status
+from lacuna.runs.logs import last_words, tail
+from lacuna.runs.queue import JobState, Queue, read_past, read_queue
+
+DEPTH = 3
+"""Levels of folders in which runs are looked for."""
+ENDS = {
+    "TIMEOUT": ("timeout", "the time limit came before the save was over: a longer lead, or a longer time"),
+    "OUT_OF_MEMORY": ("out of memory", "the node's memory: raise memory, or lower micro_batch_size"),
+    "NODE_FAIL": ("node failed", ""),
+    "BOOT_FAIL": ("node failed", ""),
+    "PREEMPTED": ("preempted", ""),
+    "CANCELLED": ("cancelled", ""),
+    "DEADLINE": ("timeout", "the job's deadline"),
+    "REVOKED": ("cancelled", ""),
+}
+"""How a job ended, in SLURM's words: the run's state, and what to say where nothing better is known."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. tokens_per_second and loss: of the last logged step. reason: of a failure, or of waiting."""
+
+    run: str
+    folder: str | None
+    state: str
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    restarts: int | None = None
+    job: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run that exists or shall: submission and index say where a job of it is, or was, in the queue."""
+
+    run: str
+    folder: Path | None
+    submission: Submission | None = None
+    task: int = 0
+
+    @property
+    def job(self) -> str | None:
+        return f"{self.submission.job}_{self.task}" if self.submission is not None else None
+
+
+def table(where: str | Path) -> list[Row]:
+    """A row for each run of a run folder, a folder of run folders, or a run mapping. Raises RunError, ConfigError."""
+    queue = read_queue()
+    places = find_runs(Path(where))
+    found = [(place, read_status(place.folder) if place.folder is not None else None) for place in places]
+    alive = {
+        place.folder
+        for place, status in found
+        if place.folder is not None and (status or {}).get("state") in ("starting", "running") and is_held(place.folder)
+    }
+    unclear = [job for place, status in found if (job := _unclear(place, status, queue, place.folder in alive))]
+    past = {job: state for job, state in queue.jobs.items() if state.is_over}
+    past |= read_past([job for job in unclear if job not in past]) if queue.time is not None else {}
+    return [_row(place, status, place.folder in alive, queue, past) for place, status in found]
+
+
+def _job(place: Place, status: Mapping[str, Any] | None, queue: Queue) -> str | None:
+    """The job of a run: the one that it was submitted as last, if that waits or runs, else the one that it names."""
+    named = (status or {}).get("job")
+    submitted = queue.jobs.get(place.job or "")
+    return place.job if named is None or (submitted is not None and not submitted.is_over) else str(named)
+
+
+def _unclear(place: Place, status: Mapping[str, Any] | None, queue: Queue, alive: bool) -> str | None:
+    """The job to ask the accounting about: where a run is not done and its job is not in the queue."""
+    job = _job(place, status, queue)
+    is_told = (status or {}).get("state") in ("finished", "failed") or alive or job in queue.jobs
+    return None if is_told else job
+
+
+def _row(
+    place: Place, status: Mapping[str, Any] | None, alive: bool, queue: Queue, past: Mapping[str, JobState]
+) -> Row:
+    job = _job(place, status, queue)
+    active = queue.jobs.get(job or "")
+    active = None if active is not None and active.is_over else active
+    folder = str(place.folder) if place.folder is not None else None
+    if status is None:
+        state, reason = _unstarted(place, queue.time, active, past.get(job or ""))
+        return Row(place.run, folder, state, job=job, reason=reason)
+    is_newer = queue.time is not None and status.get("time", 0) > queue.time
+    state, reason = _started(status, alive or is_newer, active, past.get(job or ""))
+    last = _last_metrics(place.folder) if place.folder is not None else {}
+    return Row(
+        place.run,
+        folder,
+        state,
+        status.get("step"),
+        status.get("total_steps"),
+        last.get("loss", status.get("loss")),
+        last.get("tokens_per_second"),
+        status.get("restarts"),
+        job,
+        reason,
+    )
+
+
+def _unstarted(place: Place, asked: float | None, active: JobState | None, end: JobState | None) -> tuple[str, str]:
+    """asked: when SLURM was, which may have been before the job was submitted."""
+    if active is not None:
+        return ("pending", active.reason) if active.is_waiting else ("starting", "")
+    if place.submission is None:
+        return "not submitted", ""
+    if asked is None or asked < place.submission.time:
+        return "submitted", ""
+    state, why = ENDS.get(end.state, ("failed", "")) if end is not None else ("failed", "")
+    log = Path(place.submission.logs, f"{place.job}.log")
+    return state, last_words(tail(log)) or why or f"job {place.job} is over, and has left no log at {log}"
+
+
+def _started(status: Mapping[str, Any], alive: bool, active: JobState | None, end: JobState | None) -> tuple[str, str]:
+    state, reason = str(status.get("state")), str(status.get("reason", ""))
+    if state == "finished" or alive:
+        return state, reason
+    if active is not None and active.is_waiting:
+        return "requeued", active.reason or reason
+    if active is not None:
+        return ("restarting", "") if state in ("interrupted", "failed") else (state, reason)
+    if state == "failed":
+        return state, reason
+    if end is not None and end.state in ENDS:
+        ended, why = ENDS[end.state]
+        return ended, why or reason
+    if state == "interrupted":
+        return state, reason
+    return "died", f"process {status.get('process')} is gone, and did not say why"
+
+
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """The last logged training step; only the end of the file is read."""
+    lines = tail(folder / "metrics.jsonl").splitlines()
+    for line in reversed(lines):
+        if '"tokens_per_second"' in line:
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue
+    return {}
+
+
+def find_runs(where: Path) -> list[Place]:
+    """Raises RunError where there is no run, ConfigError where a mapping was changed."""
+    if where.name == MAPPING or (where / MAPPING).is_file():
+        return _of_mapping(read_mapping(where))
+    if not where.is_dir():
+        raise RunError(f"{where}: no such folder; status takes a run folder, a folder of them, or a {MAPPING}")
+    if (where / "status.json").is_file():
+        return [Place(where.name or str(where.resolve().name), where)]
+    found = [Place(folder[len(str(where)) :].lstrip("/"), Path(folder)) for folder in _run_folders(str(where), DEPTH)]
+    if not found:
+        raise RunError(f"{where}: no run is in it, and no {MAPPING}")
+    return found
+
+
+def _run_folders(folder: str, depth: int) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    for path in inner:
+        if os.path.exists(f"{path}/status.json"):
+            yield path
+        elif depth > 1:
+            yield from _run_folders(path, depth - 1)
+
+
+def _of_mapping(mapping: RunMapping) -> list[Place]:
+    """Folders are relative to where the jobs were submitted, or else to the working directory."""
+    submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
+    directory = Path(submissions[-1].directory) if submissions else Path()
+    tasks = {done.offset + task: (done, task) for done in submissions for task in range(done.count)}
+    return [
+        Place(run, directory / Path(folder).expanduser() if folder is not None else None, *tasks.get(index, (None, 0)))
+        for index, (run, folder) in enumerate(mapping.places)
+    ]
+
+
+SHOWN_REASON = 120
+HEADER = ("run", "state", "step", "loss", "tokens/s", "restarts", "job", "reason")
+
+
+def as_json(rows: Iterable[Row]) -> str:
+    return json.dumps([asdict(row) for row in rows], ensure_ascii=False)
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """A table, and how many runs are in which state."""
+    cells = [HEADER, *(_cells(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER) - 1)]
+    lines = [
+        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in cells
+    ]
+    counts = Counter(row.state for row in rows)
+    total = f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(f"{n} {state}" for state, n in counts.items())
+    return "\n".join([line.rstrip() for line in lines] + [total])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    steps = "" if row.step is None else f"{row.step}/{row.total_steps if row.total_steps is not None else '?'}"
+    return (
+        row.run,
+        row.state,
+        steps,
+        f"{row.loss:.4f}" if row.loss is not None else "",
+        f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else "",
+        str(row.restarts) if row.restarts is not None else "",
+        row.job or "",
+        textwrap.shorten(row.reason, SHOWN_REASON, placeholder=" …"),
+    )

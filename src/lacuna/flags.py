@@ -12,6 +12,8 @@ from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 
 FLAGS = "the command line"
+HELP = {"max_content_width": 110}
+"""How click lays out a command's help."""
 
 
 def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_SECONDS = 0.5
@@ -60,36 +60,19 @@ def run_torchrun(words: Sequence[str]) -> int:
     or to the first one only. So it starts with the signals blocked; the trainers unblock them (`StopRequest`), which
     also keeps a signal that comes while they are still importing.
     """
+    import psutil
+
     with Asked() as asked:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         child = subprocess.Popen(words)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        told: set[int] = set()
+        told: set[psutil.Process] = set()
         while True:
             try:
                 return asked.exit_code(child.wait(LOOK_SECONDS))
             except subprocess.TimeoutExpired:
-                untold = children_of(child.pid) - told if asked.signals else set()
-            for pid in untold:
-                _tell(pid, asked.signals[0])
+                untold = set(psutil.Process(child.pid).children()) - told if asked.signals else set()
+            for process in untold:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(asked.signals[0])
             told |= untold
-
-
-def children_of(parent: int) -> set[int]:
-    """Process ids, from /proc."""
-    found = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.add(int(name))
-    return found
-
-
-def _tell(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, signal.SIGTERM if number == signal.SIGINT else number)
-    except ProcessLookupError:
-        return

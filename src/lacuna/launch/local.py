@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
-from torch.distributed.elastic.multiprocessing.api import SignalException
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -17,10 +18,7 @@ from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessErro
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import read_status, write_json
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on to its processes."""
-SAVING_SECONDS = 86_400
-"""How long processes that were asked to stop may take to save; torchrun's own 30 s are too short for large models."""
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def launch(command: list[str], gpus: int, max_restarts: int, device: str, output_dir: str | None) -> None:
@@ -46,17 +44,19 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle=SIGNALS,
-        shutdown_timeout=SAVING_SECONDS,
+        signals_to_handle="SIGQUIT",
     )
+    asked: list[int] = []
+    for number in STOP:
+        signal.signal(number, lambda number, _: _pass_on(number, asked))
     for restart in range(max_restarts + 1):
         try:
             elastic_launch(settings, sys.executable)("-m", "lacuna", *command)
             return
-        except SignalException as error:
-            raise Interrupted(int(error.sigval), "") from None
         except ChildFailedError as error:
             code, reason = cause(error.failures)
+        if asked:
+            raise Interrupted(asked[0], "")
         if code < 0:
             _note(output_dir, reason)
         if code < 0 or code == LostProcessError.exit_code:
@@ -65,6 +65,18 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
         if is_last:
             sys.exit(code if code >= 0 else 128 - code)
         click.echo(f"restart {restart + 1} of {max_restarts}", err=True)
+
+
+def _pass_on(number: int, asked: list[int]) -> None:
+    """Tell the processes to stop, each of which leads a session. torchrun's engine would wait for their save until a
+    second signal comes, and SLURM sends several."""
+    asked.append(number)
+    processes = psutil.Process().children()
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+    if not processes:
+        raise Interrupted(number, "stopped before anything was started")
 
 
 def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:

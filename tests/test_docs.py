@@ -19,12 +19,16 @@ from test_hub import write_qwen
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {
-    "lacuna slurm grid.yaml": "test_slurm_scripts.py",
-    "lacuna slurm grid.yaml --submit": "test_slurm.py, on a real SLURM, as the next four",
+    "lacuna slurm examples/slurm.yaml --submit": "test_slurm.py, on a real SLURM, as the next four",
     "lacuna slurm configs --submit": "the same",
     "lacuna slurm configs/sft_qwen.toml --cluster cluster.yaml --submit": "the same",
     "lacuna status configs": "the same",
     "sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh sft @ configs/sft_qwen.toml": "the same",
+    "sft @ configs/sft_qwen.toml --gpus 8": "test_processes.py, a tiny model in two processes, as the next four",
+    "finetune --config configs/training_config_h100.yaml --set gpus=8": "test_finetune.py",
+    "scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",
+    "NODES=2 HEAD=node1:29500 scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",
+    "torchrun --nproc-per-node 8 -m lacuna sft @ configs/sft_qwen.toml": "the same",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",
@@ -126,6 +130,9 @@ def test_every_command_is_run_somewhere() -> None:
         "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short",
         "finetune --config examples/quickstart/finetune.yaml",
         "lacuna merge runs/quickstart/qlora --output runs/quickstart/merged",
+        "sft @ examples/quickstart/sft.toml --steps 24 --gpus 2 --device cpu --output-dir runs/two",
+        "lacuna slurm examples/slurm.yaml",
+        "lacuna status runs/quickstart",
         *DRY_RUNS,
     }
     assert set(commands()) == tested_here | RUN_ELSEWHERE.keys()
@@ -150,6 +157,26 @@ def test_the_short_run_of_the_data_page(quickstart: tuple[Path, str]) -> None:
     (shown,) = [block for block in blocks("") if "schema chat" in block]
     assert shown.strip() in printed
     assert (folder / "runs" / "short" / "final").is_dir()
+
+
+def test_two_processes_without_a_gpu_and_the_table_of_runs(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    printed = call("sft @ examples/quickstart/sft.toml --steps 24 --gpus 2 --device cpu --output-dir runs/two", folder)
+    assert "2 processes (full sharding)" in printed
+    assert "model: runs/two/final" in printed
+    table = call("lacuna status runs/quickstart", folder).splitlines()
+    assert [line.split()[:2] for line in table[1:3]] == [["base", "finished"], ["sft", "finished"]]
+
+
+def test_the_cluster_example_on_a_machine_without_slurm(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    page, example = ((folder / name).read_text() for name in ("docs/slurm.md", "examples/slurm.yaml"))
+    assert f"```yaml\n{example}```" in page
+    printed = call("lacuna slurm examples/slurm.yaml", folder)
+    assert "slurm/learning_rates.sh: 6 runs of configs/run_mapping.yaml" in printed
+    script = (folder / "slurm" / "learning_rates.sh").read_text()
+    for line in ("--array=0-5%4", "--gpus-per-node=h100:1", "--signal=B:USR1@300", "--time=04:00:00", "--requeue"):
+        assert f"#SBATCH {line}" in script
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "lacuna generate examples/lora_rank.yaml --paths skip": "test_experiment_docs.py",
     "lacuna generate examples/learning_rate.yaml --output configs/learning_rate --paths skip": "the same",
     "torchrun --nproc-per-node 2 -m lacuna finetune --config configs/finetune.yaml": "test_finetune.py, a tiny model",
+    "python benchmarks/scaling.py": "tests/test_scaling_docs.py",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }

@@ -48,6 +48,14 @@ def document(tokens: list[int], supervised: list[int] | None = None) -> Sample:
     return Sample(np.array(tokens, dtype=np.int32), mask)
 
 
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=8), max_size=40), st.booleans(), st.sampled_from([1, 60]))
+def test_rows_are_counted_as_they_are_built(masks: list[list[bool]], packing: bool, times: int) -> None:
+    rows = pack_samples([document([7] * len(mask), [int(x) for x in mask]) for mask in masks * times], 8, packing)
+    built = [rows.row(index) for index in range(len(rows))]
+    assert rows.lengths.tolist() == [sum(len(sample.tokens) for sample in row) for row in built]
+    assert rows.targets.tolist() == [sum(int(sample.supervised[1:].sum()) for sample in row) for row in built]
+
+
 def numbers(batch: Batch) -> list[int]:
     return [int(row[0].tokens[0]) for row in batch.rows]
 

@@ -162,7 +162,7 @@ def test_all_processes_together_read_each_row_once_in_the_same_order(
         steps = [batches(packed, batch, seed, position, epochs * rows) for _ in range(size)]
         for _ in range(min(changes, len(alone) - len(together))):
             global_batches = [next(step) for step in steps]
-            shares = [World(rank, size).share(found.rows) for rank, found in enumerate(global_batches)]
+            shares = [World(rank, size).share(found.places) for rank, found in enumerate(global_batches)]
             assert len({len(share) for share in shares}) == 1
             learned = [[digest(row) for row in share if row[0].supervised.any()] for share in shares]
             assert sum(len(share) - len(real) for share, real in zip(shares, learned, strict=True)) < size

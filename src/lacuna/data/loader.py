@@ -6,6 +6,7 @@ The order is a pure function of (seed, epoch): the position is two integers. str
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from lacuna.data.packing import pack
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError, LacunaError
 
+COUNTED = 1024
+"""Documents whose targets are counted together."""
 PackedRow = list[Sample]
 Position = dict[str, Any]
 Report = Callable[[str], None]
@@ -56,6 +59,27 @@ class PackedRows:
         spans = [slice(self.starts[document], self.starts[document + 1]) for document in documents]
         return [Sample(self.tokens[span], self.supervised[span]) for span in spans]
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[rows] tokens of each row."""
+        return self._over_rows(np.diff(self.starts))
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """[rows] tokens of each row that are learned from the ones before them: a document's first never is."""
+        documents = len(self.starts) - 1
+        counted = [self._targets_of(first, min(first + COUNTED, documents)) for first in range(0, documents, COUNTED)]
+        return self._over_rows(np.concatenate([np.empty(0, dtype=np.int64), *counted]))
+
+    def _targets_of(self, first: int, last: int) -> NDArray[np.int64]:
+        """[last - first] targets of these documents."""
+        starts = self.starts[first : last + 1] - self.starts[first]
+        before = np.cumsum(self.supervised[self.starts[first] : self.starts[last]], dtype=np.int64)
+        return before[starts[1:] - 1] - before[starts[:-1]]
+
+    def _over_rows(self, of_documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.add.reduceat(of_documents[self.members], self.row_starts[:-1]) if len(self) else of_documents
+
     def fingerprint(self) -> str:
         """SHA-256 of what will be trained on, packing included."""
         digest = hashlib.sha256()
@@ -64,21 +88,29 @@ class PackedRows:
         return digest.hexdigest()
 
 
+Place = tuple[PackedRows, int]
+"""A row by its number."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """rows of one optimizer step, and the position after it."""
+    """Where the rows of one optimizer step are, of which a process takes its own, and the position after it."""
 
-    rows: list[PackedRow]
+    places: list[Place]
     position: Position
 
     @property
+    def rows(self) -> list[PackedRow]:
+        return [packed.row(index) for packed, index in self.places]
+
+    @property
     def tokens(self) -> int:
-        return sum(len(sample.tokens) for row in self.rows for sample in row)
+        return sum(int(packed.lengths[index]) for packed, index in self.places)
 
     @property
     def targets(self) -> int:
         """Tokens that are learned from the ones before them."""
-        return sum(int(sample.supervised[1:].sum()) for row in self.rows for sample in row)
+        return sum(int(packed.targets[index]) for packed, index in self.places)
 
 
 def pack_samples(samples: Sequence[Sample], sequence_length: int, packing: bool) -> PackedRows:
@@ -110,10 +142,10 @@ def batches(
     None goes on for ever.
     """
     epoch, used = (position["epoch"], position["row"]) if position else (0, 0)
-    batch: list[PackedRow] = []
+    batch: list[Place] = []
     while total_rows is None or epoch * len(rows) + used < total_rows:
         for index in row_order(seed, epoch, len(rows))[used:].tolist():
-            batch.append(rows.row(index))
+            batch.append((rows, index))
             used += 1
             if len(batch) == batch_size or epoch * len(rows) + used == total_rows:
                 yield Batch(batch, {"epoch": epoch, "row": used})

@@ -19,7 +19,7 @@ from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer, Sample, Unusable
 from lacuna.data.formats import Broken, Row, Text, find_files, read_file, within_limit
 from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
-from lacuna.data.loader import Batch, PackedRow, PackedRows, Position, Report, pack_samples, pieces, row_order
+from lacuna.data.loader import Batch, PackedRows, Place, Position, Report, pack_samples, pieces, row_order
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
@@ -31,11 +31,11 @@ READER_PATIENCE = 2.0
 
 def stream(config: PretrainConfig, renderer: Renderer, report: Report, position: Position | None) -> Iterator[Batch]:
     """Batches without end from data too large for memory; the next window is read while this one is trained on."""
-    batch: list[PackedRow] = []
+    batch: list[Place] = []
     used = position["row"] if position else 0
     for rows, window in _read_ahead(_windows(config, renderer, report, position)):
         for index in row_order(config.seed, window["window"], len(rows))[used:].tolist():
-            batch.append(rows.row(index))
+            batch.append((rows, index))
             used += 1
             if len(batch) == config.batch_size:
                 yield Batch(batch, {**window, "row": used})

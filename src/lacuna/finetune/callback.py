@@ -150,7 +150,7 @@ class RunFolderCallback(TrainerCallback):
             return
         together = VALIDATED_TOGETHER * self.world.size
         starts = range(0, len(rows), together)
-        chunks = ([rows.row(index) for index in range(len(rows))[start:][:together]] for start in starts)
+        chunks = ([(rows, index) for index in range(len(rows))[start:][:together]] for start in starts)
         samples = ([sample for row in self.world.share(chunk) for sample in row] for chunk in chunks)
         passes = (self.trainer.steps.layout.passes(chunk) for chunk in samples)
         self.validation_loss = mean_loss(passes, self.model, self.prepared, self.stop)

@@ -73,6 +73,6 @@ class Steps(IterableDataset[Step]):
             batch = next(source, None)
             if batch is None:
                 return
-            samples = [sample for row in self.prepared.world.share(batch.rows) for sample in row]
+            samples = [sample for row in self.prepared.world.share(batch.places) for sample in row]
             passes = self.layout.passes(samples)
             yield Step(batch, passes, time.perf_counter() - started)

@@ -6,6 +6,7 @@ their way; gradients are summed in fp32 as soon as a block has them.
 """
 
 import os
+import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +27,14 @@ from transformers import PreTrainedModel
 
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Sample
-from lacuna.data.loader import PackedRow, PackedRows
+from lacuna.data.loader import PackedRow, PackedRows, Place
 from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.train.checkpoint import weights_of
 from lacuna.train.model import Execution, LossModel, transformer_blocks
 
 Result = TypeVar("Result")
+SOCKETS = 4
+"""To each other process, at most: a group's, of three groups, and the store's."""
 PATIENCE = timedelta(days=7)
 """For what the processes agree on between steps, where one may have to read all data; torchrun ends who waits for the
 dead."""
@@ -96,17 +99,18 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
-    def share(self, rows: list[PackedRow]) -> list[PackedRow]:
+    def share(self, places: Sequence[Place]) -> list[PackedRow]:
         """This process' rows of a batch; all get as many, because all gather the same weights at the same time."""
-        mine = rows[self.rank :: self.size]
-        most = -(-len(rows) // self.size)
-        idle = [Sample(rows[0][0].tokens[:2], np.zeros(2, dtype=np.bool_))]
+        mine = [packed.row(index) for packed, index in places[self.rank :: self.size]]
+        most = -(-len(places) // self.size)
+        packed, index = places[0]
+        idle = [Sample(packed.row(index)[0].tokens[:2], np.zeros(2, dtype=np.bool_))]
         return mine + [idle] * (most - len(mine))
 
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The processes that torchrun started, or this one alone.
+    """The processes that torchrun started, or this one alone. gloo connects those that talk to each other, not all.
 
     Raises RunError where torchrun started them again in a way that cannot work.
     # ref: https://github.com/pytorch/pytorch/issues/135712
@@ -122,6 +126,9 @@ def join() -> Iterator[World]:
     on_cuda = torch.cuda.is_available() and local_rank < torch.cuda.device_count()
     if on_cuda:
         torch.cuda.set_device(local_rank)
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(1024 + SOCKETS * size, most)), most))
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     groups = tuple(dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     try:
@@ -148,7 +155,7 @@ def check_world(config: TrainingConfig, world: World, device: str) -> None:
 
 
 def load_once(world: World, load: Callable[[], tuple[PackedRows, PackedRows | None]]) -> Any:
-    """What load() gives, made by one process of each node; the others map its memory."""
+    """What load() gives, made by one process of each node, and mapped by all of them."""
     if world.local_size == 1:
         return world.agreed(load)
     leads = world.local_rank == 0
@@ -157,8 +164,7 @@ def load_once(world: World, load: Callable[[], tuple[PackedRows, PackedRows | No
         world.agreed(lambda: _write_rows(Path(own), rows or ()))
         there = world.gather((own, [part is not None for part in rows or ()]))
         folder, parts = there[world.rank - world.local_rank]
-        if not leads:
-            rows = tuple(_mapped(Path(folder), index) if exists else None for index, exists in enumerate(parts))
+        rows = tuple(_mapped(Path(folder), index) if exists else None for index, exists in enumerate(parts))
         world.gather(None)
     return rows
 
@@ -214,6 +220,13 @@ def shard(model: LossModel, config: TrainingConfig, world: World, execution: Exe
 
 def _to_fp32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.float()
+
+
+def sum_over_nodes(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass adds up the gradients of all nodes: with hybrid sharding the last of a step is
+    enough, as a node keeps its own sums split."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(wanted)
 
 
 def free_gathered(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ from lacuna.train.checkpoint import (
     restore_weights,
     tensors_of,
 )
-from lacuna.train.distributed import World, free_gathered, full_weights, whole
+from lacuna.train.distributed import World, free_gathered, full_weights, sum_over_nodes, whole
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
@@ -126,11 +126,12 @@ def train_steps(
 
             started = time.perf_counter()
             torch.manual_seed(dropout_seed(config.seed, step, world.rank))
-            micro_batches = collate_batch(config, prepared, world.share(batch.rows))
+            micro_batches = collate_batch(config, prepared, world.share(batch.places))
             window.data_seconds += waited + time.perf_counter() - started
             step, position, validation_loss = step + 1, batch.position, None
             losses = []
             for micro in micro_batches:
+                sum_over_nodes(model, micro is micro_batches[-1])
                 loss = model(*to_device(micro, execution), scale=world.size / max(batch.targets, 1))
                 loss.backward()
                 losses.append(loss.detach())
@@ -230,7 +231,7 @@ def validate(config: TrainingConfig, prepared: Prepared, model: LossModel, stop:
         return None
     together = config.micro_batch_size * prepared.world.size
     starts = range(0, len(rows), together)
-    chunks = ([rows.row(index) for index in range(len(rows))[start:][:together]] for start in starts)
+    chunks = ([(rows, index) for index in range(len(rows))[start:][:together]] for start in starts)
     shares = map(prepared.world.share, chunks)
     return mean_loss((collate_batch(config, prepared, share) for share in shares), model, prepared, stop)
 
@@ -313,7 +314,8 @@ def settle(config: TrainingConfig, prepared: Prepared, model: LossModel, console
     free_gathered(model)
     checkpointing = config.activation_checkpointing
     if checkpointing == "auto":
-        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype, world.size)
+        shards = world.local_size if config.sharding == "hybrid" else world.size
+        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype, shards)
     prepare_blocks(causal_lm, checkpointing, execution.compile)
     if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
         stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.stop_token)

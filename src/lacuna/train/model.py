@@ -87,7 +87,7 @@ def prepare_blocks(model: PreTrainedModel, checkpointing: bool, compiled: bool) 
 
 
 def needs_checkpointing(
-    config: TrainingConfig, model: PreTrainedModel, device: Device, dtype: torch.dtype, processes: int
+    config: TrainingConfig, model: PreTrainedModel, device: Device, dtype: torch.dtype, shards: int
 ) -> bool:
     """Whether weights, gradients, AdamW and activations of a step would take more than 80 % of the device's memory.
 
@@ -102,7 +102,7 @@ def needs_checkpointing(
     mlp_width = text_config.to_dict().get("intermediate_size") or 4 * text_config.hidden_size
     token_bytes = (24 * text_config.hidden_size + 10 * mlp_width) * (1.6 if dtype == torch.float32 else 1)
     activations = token_bytes * text_config.num_hidden_layers * tokens
-    return bool(16 * parameters / processes + activations > 0.8 * device.memory)
+    return bool(16 * parameters / shards + activations > 0.8 * device.memory)
 
 
 def supervised_loss(

@@ -116,6 +116,8 @@ class Cluster:
         self.wait_until(are_over, seconds)
 
     def start_now(self, job: str) -> None:
+        """Without the two minutes that SLURM waits; a node refuses a job that it was told to kill in the same second."""
+        time.sleep(2)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop(self) -> None:

@@ -116,7 +116,7 @@ class Cluster:
         self.wait_until(are_over, seconds)
 
     def start_now(self, job: str) -> None:
-        """Without the two minutes that SLURM waits; a node refuses a job that it was told to kill in the same second."""
+        """Without the two minutes that SLURM waits; within a second, a node refuses a job that it had to kill."""
         time.sleep(2)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 

@@ -75,7 +75,8 @@ class PackedRows:
         """[last - first] targets of these documents."""
         starts = self.starts[first : last + 1] - self.starts[first]
         before = np.cumsum(self.supervised[self.starts[first] : self.starts[last]], dtype=np.int64)
-        return before[starts[1:] - 1] - before[starts[:-1]]
+        targets: NDArray[np.int64] = before[starts[1:] - 1] - before[starts[:-1]]
+        return targets
 
     def _over_rows(self, of_documents: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.add.reduceat(of_documents[self.members], self.row_starts[:-1]) if len(self) else of_documents

@@ -24,7 +24,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Sample
 from lacuna.data.loader import batches, pack_samples
 from lacuna.errors import ConfigError
-from lacuna.runs.folder import last_start, read_status
+from lacuna.runs.folder import read_status, starts_of
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.distributed import World, check_world
 
@@ -109,7 +109,7 @@ def test_two_processes_and_accumulation_equal_one(
 ) -> None:
     assert_close(two, one)
     assert_close(finished("sft", tmp_path / "run", settings, micro_batch_size=1, gpus=2), one)
-    assert last_start(two)["devices"] == 2
+    assert starts_of(two)[-1]["devices"] == 2
     assert sorted(path.name for path in (two / "final").iterdir()) == sorted(
         path.name for path in (one / "final").iterdir()
     )
@@ -318,7 +318,7 @@ def test_two_nodes(nodes: Callable[..., list[Process]], one: Path, settings: dic
         output = process.wait()
         assert process.popen.returncode == 0, output
     assert_close(tmp_path / "run", one)
-    assert last_start(tmp_path / "run")["devices"] == 4
+    assert starts_of(tmp_path / "run")[-1]["devices"] == 4
 
 
 def test_pretraining_from_random_weights_and_a_stream(tmp_path: Path) -> None:

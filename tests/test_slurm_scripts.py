@@ -475,14 +475,15 @@ def test_torchrun_does_not_see_the_signal_that_its_processes_get(tmp_path: Path)
 
 def test_a_status_names_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_of({}) == {}
-    assert job_of({"SLURM_JOB_ID": "7"}) == {"job": "7", "restarts": 0}
-    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
-    assert job_of(array) == {"job": "7_3", "restarts": 2}
+    assert job_of({"SLURM_JOB_ID": "7"}) == {"job": "7"}
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job_of(array) == {"job": "7_3"}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    write_status(tmp_path, "running", 1, 2)
+    write_status(tmp_path, "running", 1, 2, loss=0.5, restarts=1)
+    write_status(tmp_path, "failed", 1, 2, reason="why")
     status = read_status(tmp_path)
     assert status is not None
-    assert (status["job"], status["restarts"]) == ("7", 0)
+    assert (status["job"], status["loss"], status["restarts"], status["reason"]) == ("7", 0.5, 1, "why")
     (tmp_path / "status.json").write_text("{")
     assert read_status(tmp_path) is None
 
@@ -506,10 +507,9 @@ def test_a_restarted_job_waits_for_the_run_folder(tmp_path: Path) -> None:
 
 def write_run(folder: Path, state: str = "finished", **facts: Any) -> Path:
     folder.mkdir(parents=True)
-    status = {"state": state, "step": 5, "total_steps": 10, "process": 1, "time": 1.0, **facts}
+    measured = {"loss": 1.25, "tokens_per_second": 1234.5}
+    status = {"state": state, "step": 5, "total_steps": 10, "process": 1, "time": 1.0, **measured, **facts}
     (folder / "status.json").write_text(json.dumps(status))
-    lines = [{"step": 5, "loss": 1.25, "tokens_per_second": 1234.5}, {"step": 5, "validation_loss": 1.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

@@ -30,6 +30,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
+KEPT = ("loss", "tokens_per_second", "restarts")
+"""What a status says until it says something newer."""
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there with all its text, or as it was before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -117,8 +121,6 @@ def write_config(folder: Path, config: BaseModel) -> None:
 
 def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
     """Add this start to provenance.json: who looks at a run later sees every command that touched it."""
-    path = folder / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
@@ -128,14 +130,13 @@ def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) ->
         "git": _git_state(),
         **facts,
     }
-    write_json(path, {"starts": [*starts, start]})
+    write_json(folder / "provenance.json", {"starts": [*starts_of(folder), start]})
 
 
-def last_start(folder: Path) -> dict[str, Any]:
-    """The newest entry of provenance.json; empty where there is none."""
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """The entries of provenance.json, one for each start of the run."""
     path = folder / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    return starts[-1] if starts else {}
+    return list(json.loads(path.read_text())["starts"]) if path.exists() else []
 
 
 def _version(package: str) -> str | None:
@@ -156,18 +157,20 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The SLURM job of this process, `123` or `123_4`, and how often it was restarted; empty outside SLURM."""
+    """The SLURM job of this process, `123` or `123_4`; empty outside SLURM."""
     if "SLURM_JOB_ID" not in environment:
         return {}
     array = environment.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array is not None else environment["SLURM_JOB_ID"]
-    return {"job": job, "restarts": int(environment.get("SLURM_RESTART_COUNT", 0))}
+    return {"job": job}
 
 
 def write_status(folder: Path, state: str, step: int, total_steps: int | None, **more: Any) -> None:
-    """state: starting, running, finished, interrupted or failed. In a SLURM job, its id and restarts are added."""
+    """state: starting, running, finished, interrupted or failed. A SLURM job's id is added, and KEPT stays."""
     facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": time.time()}
-    write_json(folder / "status.json", {**facts, **job_of(os.environ), **more})
+    before = read_status(folder) or {}
+    kept = {name: before[name] for name in KEPT if name in before}
+    write_json(folder / "status.json", {**facts, **kept, **job_of(os.environ), **more})
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

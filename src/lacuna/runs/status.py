@@ -104,15 +104,14 @@ def _row(
         return Row(place.run, folder, state, job=job, reason=reason)
     is_newer = queue.time is not None and status.get("time", 0) > queue.time
     state, reason = _started(status, alive or is_newer, active, past.get(job or ""))
-    last = _last_metrics(place.folder) if place.folder is not None else {}
     return Row(
         place.run,
         folder,
         state,
         status.get("step"),
         status.get("total_steps"),
-        last.get("loss", status.get("loss")),
-        last.get("tokens_per_second"),
+        status.get("loss"),
+        status.get("tokens_per_second"),
         status.get("restarts"),
         job,
         reason,
@@ -148,18 +147,6 @@ def _started(status: Mapping[str, Any], alive: bool, active: JobState | None, en
     if state == "interrupted":
         return state, reason
     return "died", f"process {status.get('process')} is gone, and did not say why"
-
-
-def _last_metrics(folder: Path) -> dict[str, Any]:
-    """The last logged training step; only the end of the file is read."""
-    lines = tail(folder / "metrics.jsonl").splitlines()
-    for line in reversed(lines):
-        if '"tokens_per_second"' in line:
-            try:
-                return dict(json.loads(line))
-            except ValueError:
-                continue
-    return {}
 
 
 def find_runs(where: Path) -> list[Place]:

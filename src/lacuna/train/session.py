@@ -18,7 +18,7 @@ from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, RunError
-from lacuna.runs.folder import last_start, locked, read_status, refuse_foreign_folder, write_status
+from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.train.checkpoint import damage, newest_whole, read_state
 from lacuna.train.distributed import World
@@ -62,7 +62,7 @@ def supervise(
             return
         try:
             if world.is_first:
-                write_status(folder, "starting", **_last_step(folder))
+                write_status(folder, "starting", **_last_step(folder), restarts=len(starts_of(folder)))
             work(folder, console, stop)
         except Interrupted as interruption:
             if world.is_first:
@@ -130,7 +130,7 @@ def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: Tr
     before = check(type(config), values, origins) if values.get("trainer") == config.model_dump()["trainer"] else None
     if before is None:
         raise RunError(f"output_dir {folder} holds a {values.get('trainer')} run: choose another --output-dir")
-    settings = before.settings(last_start(folder).get("devices", 1))
+    settings = before.settings(starts_of(folder)[-1].get("devices", 1))
     refuse_other_settings(settings, config.settings(processes), config.may_change, f"the run in {folder}")
     return (folder / "final").is_dir()
 

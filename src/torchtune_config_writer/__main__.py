@@ -2,6 +2,7 @@
 
 import click
 
-from lacuna.cli import generate, recipes, run
+from lacuna.cli import run
+from lacuna.cli_experiment import generate, recipes
 
 run(click.Group("torchtune_config_writer", {"generate": generate, "recipes": recipes}))

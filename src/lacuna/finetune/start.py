@@ -171,6 +171,7 @@ def _finetune(
     if world.is_first:
         write_config(folder, config)
         facts = {"device": execution.device.name, "devices": world.size, "data_sha256": prepared.fingerprint}
+        facts["resume"] = flat.resume
         write_provenance(folder, command, facts)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))

@@ -36,7 +36,7 @@ if [ -z "$stop" ]; then
 fi
 sleep 1  # where the whole job is cancelled, the script is told a moment after the run
 case "$stop:$code" in
-    *:0 | TERM:*) exit "$code" ;;  # finished; or cancelled, or requeued by SLURM itself
+    *:0 | *:2 | TERM:*) exit "$code" ;;  # finished; an error to mend; or cancelled, or requeued by SLURM itself
     USR1:* | :138 | :143) ;;  # the time limit is near; or the run alone was told to stop, as before preemption
     *) exit "$code" ;;  # its own fault
 esac

@@ -7,6 +7,7 @@ import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import click
@@ -16,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError
 from lacuna.platform.detect import choose_device
-from lacuna.runs.folder import read_status, write_json
+from lacuna.runs.folder import is_held, read_status, write_json
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -47,8 +48,8 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
         signals_to_handle="SIGQUIT",
     )
     asked: list[int] = []
-    for number in STOP:
-        signal.signal(number, lambda number, _: _pass_on(number, asked))
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    Thread(target=_pass_on, args=(asked,), daemon=True).start()
     for restart in range(max_restarts + 1):
         try:
             elastic_launch(settings, sys.executable)("-m", "lacuna", *command)
@@ -57,26 +58,36 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
             code, reason = cause(error.failures)
         if asked:
             raise Interrupted(asked[0], "stopped before anything was trained" if code < 0 else "")
-        if code < 0:
-            _note(output_dir, reason)
+        _note(output_dir, reason, is_certain=code < 0)
         if code < 0 or code == LostProcessError.exit_code:
             click.echo(f"error: {reason}", err=True)
         is_last = restart == max_restarts or code == LacunaError.exit_code or code > 128
         if is_last:
             sys.exit(code if code >= 0 else 128 - code)
+        os.environ["LACUNA_RESTART_COUNT"] = str(restart + 1)
         click.echo(f"restart {restart + 1} of {max_restarts}", err=True)
 
 
-def _pass_on(number: int, asked: list[int]) -> None:
-    """Tell the processes to stop. torchrun's engine would wait for their save until a second signal comes, and SLURM
-    sends several; and it would tell their helpers too, such as W&B's."""
-    asked.append(number)
-    processes = psutil.Process().children()
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-    if not processes:
-        raise Interrupted(number, "stopped before anything was started")
+def _pass_on(asked: list[int]) -> None:
+    """Tell the processes to stop; at a second Ctrl-C, end them.
+
+    torchrun's engine would wait for their save until a second signal comes, and SLURM sends several; and it would tell
+    their helpers too, such as W&B's. The signals are blocked in all but this thread, and so in the processes, until
+    they can obey (StopRequest).
+    """
+    while True:
+        number = signal.sigwait(STOP)
+        asked.append(number)
+        processes = psutil.Process().children()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if asked.count(signal.SIGINT) > 1:
+                    process.kill()
+                else:
+                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if not processes:
+            click.echo("stopped before anything was started", err=True)
+            os._exit(128 + number)
 
 
 def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
@@ -103,9 +114,10 @@ def check_gpus(gpus: int, device: str) -> None:
         raise ConfigError(f"gpus = {gpus}: there are {torch.cuda.device_count()} CUDA devices here")
 
 
-def _note(output_dir: str | None, reason: str) -> None:
-    """Who was killed could not say so: write it into the run folder's status."""
+def _note(output_dir: str | None, reason: str, is_certain: bool) -> None:
+    """Who was killed could not say so: write it into the run folder's status, unless that knows better."""
     folder = Path(output_dir).expanduser() if output_dir else None
-    status: dict[str, Any] | None = read_status(folder) if folder else None
-    if folder is not None and status is not None and status["state"] != "finished":
+    status: dict[str, Any] = (read_status(folder) if folder else None) or {"state": "finished"}
+    is_open = status["state"] in ("starting", "running") or (is_certain and status["state"] != "finished")
+    if folder is not None and is_open and not is_held(folder):
         write_json(folder / "status.json", {**status, "state": "failed", "reason": reason})

@@ -124,7 +124,8 @@ def run_torchtune(words: Sequence[str], output_dir: str | None) -> int:
         if (read_status(folder) or {}).get("state") == "finished":
             print(f"already finished: {folder}")
             return 0
-        write_status(folder, "running", 0, None, restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+        write_status(folder, "starting", 0, None, restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+        write_status(folder, "running", 0, None)
         code, errors = run_watched(words)
         stopped = code in {128 + number for number in SIGNALS}
         state = "finished" if code == 0 else "interrupted" if stopped else "failed"

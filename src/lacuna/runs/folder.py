@@ -166,9 +166,14 @@ def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def write_status(folder: Path, state: str, step: int, total_steps: int | None, **more: Any) -> None:
-    """state: starting, running, finished, interrupted or failed. A SLURM job's id is added, and KEPT stays."""
+    """state: starting, running, finished, interrupted or failed. A SLURM job's id is added, and KEPT stays.
+
+    What another process of the run has said of its failure is not written over; a new start begins with starting.
+    """
     facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": time.time()}
     before = read_status(folder) or {}
+    if state == "running" and before.get("state") == "failed":
+        return
     kept = {name: before[name] for name in KEPT if name in before}
     write_json(folder / "status.json", {**facts, **kept, **job_of(os.environ), **more})
 

@@ -118,9 +118,14 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> None:
     load_tensors(checkpoint, weights_of(model))
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Of the tensors in a folder of safetensors."""
-    return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+"""How weights are stored that are nothing but themselves: in fewer bits, they lack their scales."""
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the plain tensors in a folder of safetensors."""
+    stored: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in stored.items() if entry.properties.dtype in PLAIN}
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

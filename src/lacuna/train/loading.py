@@ -29,9 +29,9 @@ from transformers import (
 from lacuna.config.training import SFTConfig, TrainingConfig
 from lacuna.errors import ConfigError, ModelError
 from lacuna.platform.detect import Device
-from lacuna.train.checkpoint import load_tensors, stored_names, weights_of
+from lacuna.train.checkpoint import load_tensors, stored_shapes, weights_of
 from lacuna.train.distributed import World, shard
-from lacuna.train.model import Execution, LossModel
+from lacuna.train.model import Execution, LossModel, transformer_blocks
 
 
 def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
@@ -150,9 +150,9 @@ def weights_folder(config: TrainingConfig) -> Path:
         raise _cannot_load(config, "its weights cannot be loaded", error) from error
 
 
-def _names_of_weights(config: TrainingConfig, folder: Path) -> set[str]:
+def _stored(config: TrainingConfig, folder: Path) -> dict[str, tuple[int, ...]]:
     try:
-        return stored_names(folder)
+        return stored_shapes(folder)
     except (OSError, SafetensorError) as error:
         raise _cannot_load(config, "its weights cannot be loaded", error) from error
 
@@ -195,13 +195,14 @@ def load_sharded(
 ) -> LossModel:
     """The model, split among the processes before it has any weights: each then reads its own part of them.
 
-    Weights that are random, or stored under other names than the model's, are made by the first process, on its host,
-    and sent from there. Raises ModelError as load_model does.
+    Weights that are random, quantised, or stored under other names or in other shapes than the model's, are made by the
+    first process, on its host, and sent from there. Raises ModelError as load_model does.
     """
     settings = {"dtype": torch.float32, "attn_implementation": execution.attention}
     with init_empty_weights(include_buffers=False):
         causal_lm: Any = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False, **settings)
     causal_lm.tie_weights()
+    world.agreed(lambda: transformer_blocks(causal_lm))
     buffers = dict(causal_lm.named_buffers())
     model = LossModel(causal_lm, execution.dtype)
     shard(model, config, world, execution)
@@ -210,7 +211,8 @@ def load_sharded(
         buffer.copy_(buffers[name])
     weights = {name.removeprefix("model."): tensor for name, tensor in weights_of(causal_lm).items()}
     folder = world.agreed(lambda: weights_folder(config)) if config.initialise == "pretrained" else None
-    if folder is not None and weights.keys() <= world.agreed(lambda: _names_of_weights(config, folder)):
+    stored = world.agreed(lambda: _stored(config, folder)) if folder is not None else {}
+    if folder is not None and all(tuple(tensor.shape) == stored.get(name) for name, tensor in weights.items()):
         load_tensors(folder, weights)
         causal_lm.generation_config = load_generation_config(config) or causal_lm.generation_config
         world.agreed(lambda: check_loaded(config, causal_lm, (), tokenizer))
@@ -220,5 +222,6 @@ def load_sharded(
     full = {} if source is None else source.state_dict()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(causal_lm, full, options=options)
-    causal_lm.generation_config = source.generation_config if source is not None else causal_lm.generation_config
+    if source is not None:
+        causal_lm.config, causal_lm.generation_config = source.config, source.generation_config
     return model

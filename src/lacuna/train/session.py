@@ -25,6 +25,8 @@ from lacuna.train.distributed import World
 from lacuna.train.signals import StopRequest
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Variables that count how often our launcher, torchrun or SLURM has started a command again."""
 LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \w+ error|remote process exited", re.I)
 """What gloo and NCCL say where another process is gone."""
 
@@ -123,7 +125,7 @@ def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: Tr
     has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
     if not has_run:
         return False
-    if flat.resume == "never":
+    if resume_now(flat, folder) == "never":
         raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
     layer = read_layer(folder / "config.toml")
     values, origins = merge_layers([layer], [])
@@ -146,6 +148,14 @@ def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_chang
         )
 
 
+def resume_now(flat: TrainingConfig, folder: Path) -> str:
+    """The setting `resume`, or auto where the folder's run began with it already and is to go on: a checkpoint to
+    begin from holds for the first start, and so does never, if this one is a restart and no new command."""
+    began = any(start.get("resume") == flat.resume for start in starts_of(folder))
+    is_restart = any(int(os.environ.get(name, 0)) for name in RESTARTS)
+    return "auto" if began and (flat.resume != "never" or is_restart) else flat.resume
+
+
 def check_resume_path(flat: TrainingConfig) -> None:
     """Raises RunError where the checkpoint to resume from is not there."""
     if flat.resume not in ("auto", "never") and not (Path(flat.resume) / "manifest.json").is_file():
@@ -162,12 +172,13 @@ def find_checkpoint(
     console: Console,
 ) -> Path | None:
     """The checkpoint to go on from; None for a new run. Raises RunError where it is damaged, or of another run."""
-    if flat.resume == "never":
+    resume = resume_now(flat, folder)
+    if resume == "never":
         return None
-    if flat.resume == "auto":
+    if resume == "auto":
         found = newest_whole(folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"))
     else:
-        found = Path(flat.resume)
+        found = Path(resume)
         if (reason := damage(found)) is not None:
             raise RunError(f"resume {found}: {reason}")
         newer = [path for path in folder.glob("checkpoints/step-*") if path.name > found.name]

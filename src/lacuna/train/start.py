@@ -89,11 +89,12 @@ def _train(
     )
     if world.is_first:
         write_config(folder, config)
-        write_provenance(folder, command, {"device": device.name, "devices": world.size, "data_sha256": fingerprint})
+        facts = {"device": device.name, "devices": world.size, "data_sha256": fingerprint, "resume": config.resume}
+        write_provenance(folder, command, facts)
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
-        model = world.agreed(lambda: load_sharded(config, model_config, tokenizer, execution, world))
+        model = load_sharded(config, model_config, tokenizer, execution, world)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
     train_steps(config, prepared, settle(config, prepared, model, console), console, stop)

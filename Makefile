@@ -25,7 +25,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/evaluate.py
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check

@@ -48,7 +48,6 @@ DRY_RUNS = {
     "finetune --config configs/training_config_h100.yaml --config configs/training_config_m4.yaml "
     "--set training.lora_r=32 --dry-run": "2048",
 }
-pytestmark = pytest.mark.xdist_group("quickstart")
 
 
 def blocks(language: str) -> list[str]:

@@ -16,7 +16,6 @@ from lacuna.experiment.parameters import TORCHTUNE, parameters
 from test_docs import ROOT
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text()
-pytestmark = pytest.mark.xdist_group("torchtune")
 
 
 def blocks(language: str) -> list[str]:

@@ -18,7 +18,6 @@ from lacuna.launch.batch_script import batch_script
 from slurm_cluster import Cluster, start_cluster
 from test_slurm_scripts import job, write_base
 
-pytestmark = pytest.mark.xdist_group("slurm")
 ROOT = Path(__file__).parent.parent
 ONE_HOST = {"MASTER_ADDR": "127.0.0.1", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Both nodes are this machine."""

@@ -39,8 +39,6 @@ from torchtune_fixture import (
     write_rows,
 )
 
-pytestmark = pytest.mark.xdist_group("torchtune")
-
 LORA = "llama3_2/1B_lora_single_device"
 FULL = "llama3_2/1B_full_single_device"
 DISTRIBUTED = "llama3_2/1B_lora"

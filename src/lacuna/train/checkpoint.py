@@ -147,12 +147,13 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep_last: int, keep_best: int, regular: Regular, group: Any = None) -> None:
         self.folder = folder
         self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
         self.regular = regular
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        if self._is_first():
+        if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".*.partial"):
                 shutil.rmtree(leftover)
@@ -176,7 +177,7 @@ class CheckpointWriter:
         files, problem = {}, None
         try:
             written.result()
-            files = _hashes(partial, self._rank())
+            files = _hashes(partial, self.rank)
         except (OSError, CheckpointException) as error:
             problem = _cannot_write(final.name, error)
         found = self._gather((files, problem))
@@ -185,7 +186,7 @@ class CheckpointWriter:
             manifest = {name: entry for theirs, _ in found for name, entry in theirs.items()}
             _, problem = self._from_first(lambda: self._complete(partial, final, state, manifest))
         if problem is not None:
-            if self._is_first():
+            if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise problem
 
@@ -205,12 +206,6 @@ class CheckpointWriter:
             return False, _cannot_write(final.name, error)
         return True, None
 
-    def _rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    def _is_first(self) -> bool:
-        return self._rank() == 0
-
     def _gather(self, value: Any) -> list[Any]:
         """Every process' value, by rank."""
         if self.group is None:
@@ -221,7 +216,7 @@ class CheckpointWriter:
 
     def _from_first(self, work: Callable[[], Any]) -> Any:
         """What the first process makes of it, in all."""
-        return self._gather(work() if self._is_first() else None)[0]
+        return self._gather(work() if self.rank == 0 else None)[0]
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises RunError where writing failed."""

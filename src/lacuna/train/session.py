@@ -71,7 +71,7 @@ def supervise(
                 _finish_status(folder, "interrupted", str(interruption))
             raise Interrupted(interruption.signal_number, f"{interruption}; go on with: {resume_with}") from None
         except BaseException as error:
-            if world.size > 1 and stop:
+            if world.size > 1 and stop and not isinstance(error, LacunaError):
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
@@ -132,7 +132,7 @@ def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: Tr
     before = check(type(config), values, origins) if values.get("trainer") == config.model_dump()["trainer"] else None
     if before is None:
         raise RunError(f"output_dir {folder} holds a {values.get('trainer')} run: choose another --output-dir")
-    settings = before.settings(starts_of(folder)[-1].get("devices", 1))
+    settings = before.settings((starts_of(folder) or [{}])[-1].get("devices", 1))
     refuse_other_settings(settings, config.settings(processes), config.may_change, f"the run in {folder}")
     return (folder / "final").is_dir()
 

@@ -48,7 +48,8 @@ def load_base(experiment: Experiment, layer: Layer, torchtune_python: str | None
     base = load_own(read_layer(file), experiment.recipe, experiment.gpus, torchtune_python)
     for name in ("recipe", "gpus"):
         if base.trainer != "torchtune" and getattr(experiment, name) is not None:
-            raise ConfigError(f"{layer.where(name)}: {name} is for torchtune; {file} is for {base.trainer}")
+            instead = ": its own gpus goes under controls" if name == "gpus" else ""
+            raise ConfigError(f"{layer.where(name)}: {name} is for torchtune; {file} is for {base.trainer}{instead}")
     return base
 
 

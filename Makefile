@@ -25,7 +25,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/evaluate.py
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses 3 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check

@@ -138,6 +138,15 @@ def read_state(checkpoint: Path) -> TrainingState:
     return TrainingState(**json.loads((checkpoint / "state.json").read_text()))
 
 
+def gather(value: Any, group: Any) -> list[Any]:
+    """Every process' value, by rank; without a group, the one of this process."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 class CheckpointWriter:
     """Writes one checkpoint at a time in a thread and keeps the best and the newest.
 
@@ -180,7 +189,7 @@ class CheckpointWriter:
             files = _hashes(partial, self.rank)
         except (OSError, CheckpointException) as error:
             problem = _cannot_write(final.name, error)
-        found = self._gather((files, problem))
+        found = gather((files, problem), self.group)
         problem = next((theirs for _, theirs in found if theirs is not None), None)
         if problem is None:
             manifest = {name: entry for theirs, _ in found for name, entry in theirs.items()}
@@ -206,17 +215,9 @@ class CheckpointWriter:
             return False, _cannot_write(final.name, error)
         return True, None
 
-    def _gather(self, value: Any) -> list[Any]:
-        """Every process' value, by rank."""
-        if self.group is None:
-            return [value]
-        values = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
     def _from_first(self, work: Callable[[], Any]) -> Any:
         """What the first process makes of it, in all."""
-        return self._gather(work() if self.rank == 0 else None)[0]
+        return gather(work() if self.rank == 0 else None, self.group)[0]
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises RunError where writing failed."""

@@ -29,7 +29,7 @@ from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Sample
 from lacuna.data.loader import PackedRow, PackedRows, Place
 from lacuna.errors import ConfigError, LacunaError, RunError
-from lacuna.train.checkpoint import weights_of
+from lacuna.train.checkpoint import gather, weights_of
 from lacuna.train.model import Execution, LossModel, transformer_blocks
 
 Result = TypeVar("Result")
@@ -62,10 +62,7 @@ class World:
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all processes, by rank."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value, group=self.groups[0])
-        return values
+        return gather(value, self.groups[0])
 
     def agreed(self, work: Callable[[], Result]) -> Result:
         """Do it in every process. Where some raise a LacunaError, all raise the problems of all."""

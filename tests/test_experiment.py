@@ -148,6 +148,14 @@ def test_the_mapping_says_what_each_run_is(run: Run, folder: Path) -> None:
     assert len(mapping["runs"]) == 2
 
 
+def test_the_mapping_keeps_how_the_runs_start_on_the_cluster(run: Run, folder: Path) -> None:
+    slurm = {"partition": "gpu", "environment": {"HF_HUB_OFFLINE": "1"}}
+    (folder / "study.yaml").write_text(dump_yaml({**OWN, "variables": RANKS, "slurm": slurm}))
+    assert run("lacuna", "generate", "study.yaml", "--no-validate").code == 0
+    written = yaml.safe_load((folder / "configs" / "run_mapping.yaml").read_text())
+    assert written["experiment"]["slurm"] == slurm
+
+
 def test_json_is_the_mapping_alone_on_standard_output(folder: Path) -> None:
     words = [str(SCRIPTS / "lacuna"), "generate", write({**OWN, "variables": RANKS}), "--json", "--no-validate"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

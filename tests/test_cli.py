@@ -122,7 +122,7 @@ def test_the_torch_free_half_imports_no_torch() -> None:
 def test_the_list_of_the_torch_free_half_is_complete() -> None:
     found = {
         ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        for part in ("config", "experiment", "runs", "platform")
+        for part in ("config", "experiment", "runs", "platform", "plan")
         for path in (SOURCE / "lacuna" / part).glob("*.py")
         if path.stem != "__init__"
     }

@@ -52,6 +52,16 @@ class ModelShape:
         }  # fmt: skip
 
     @property
+    def norms_heads(self) -> bool:
+        """Whether queries and keys have norms of their own."""
+        return self.family in ("qwen3", "gemma3")
+
+    @property
+    def norms_twice(self) -> bool:
+        """Whether attention and MLP have a norm behind them too."""
+        return self.family in ("gemma2", "gemma3")
+
+    @property
     def block_matrices(self) -> int:
         """Weights of the seven projections of a layer."""
         return sum(inputs * outputs for inputs, outputs in self.widths.values())
@@ -59,8 +69,8 @@ class ModelShape:
     @property
     def block_vectors(self) -> int:
         """Norms and biases of a layer."""
-        norms = {"gemma2": 4, "gemma3": 4}.get(self.family, 2) * self.hidden
-        of_heads = 2 * self.head_dimension if self.family in ("qwen3", "gemma3") else 0
+        norms = (4 if self.norms_twice else 2) * self.hidden
+        of_heads = 2 * self.head_dimension if self.norms_heads else 0
         return norms + of_heads + sum(self.widths[name][1] for name in self.biases)
 
     @property

@@ -17,9 +17,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk, while the chunk's logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        on_cpu = hidden.device.type == "cpu"
-        chunk = CPU_CHUNK_TOKENS if on_cpu else max(ACCELERATOR_CHUNK_ELEMENTS // weight.shape[0], CPU_CHUNK_TOKENS)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype, chunk: int
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -29,13 +29,15 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 rows = hidden[start : start + chunk].to(dtype)
                 wanted = targets[start : start + chunk, None]
                 logits = (rows @ head.T).float()
-                normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-                loss += (normaliser - logits.gather(1, wanted)).sum()
+                largest = logits.amax(dim=-1, keepdim=True)
+                of_targets = logits.gather(1, wanted)
+                sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+                loss += (sums.log() + largest - of_targets).sum()
                 if hidden_gradient is None and weight_gradient is None:
                     continue
-                logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
-                gradient = logits.mul_(scale).to(dtype)
+                logits.mul_(scale / sums)
+                logits.scatter_add_(1, wanted, torch.full_like(wanted, -scale, dtype=torch.float32))
+                gradient = logits.to(dtype)
                 if hidden_gradient is not None:
                     hidden_gradient[start : start + chunk] = gradient @ head
                 if weight_gradient is not None and dtype == torch.float32:
@@ -56,7 +58,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def chunk_tokens(device: str, vocabulary: int) -> int:
+    """Tokens whose logits exist at one time on a kind of device."""
+    return CPU_CHUNK_TOKENS if device == "cpu" else max(ACCELERATOR_CHUNK_ELEMENTS // vocabulary, CPU_CHUNK_TOKENS)
 
 
 def chunked_cross_entropy(
@@ -65,12 +73,14 @@ def chunked_cross_entropy(
     targets: Int[Tensor, " tokens"],
     scale: float,
     dtype: torch.dtype,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(hidden @ weight.T)[target] over the tokens, times scale, in fp32.
 
     scale: one over the number of supervised tokens of the whole optimizer step. It is applied before the gradients
     are rounded to dtype, the precision of the matrix products; the weight's gradient adds up in fp32.
+    chunk: tokens whose logits exist at one time; None: what is fast on the device.
     # ref: Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, section 3.2 (fused linear cross-entropy)
     """
     apply: Callable[..., Tensor] = _ChunkedLinearCrossEntropy.apply
-    return apply(hidden, weight, targets, scale, dtype)
+    return apply(hidden, weight, targets, scale, dtype, chunk or chunk_tokens(hidden.device.type, weight.shape[0]))

@@ -114,20 +114,23 @@ def supervised_loss(
     scale: float,
     dtype: torch.dtype,
     chunked: bool,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the targets' cross-entropies times scale.
 
     position_ids restart with every document: that, with no attention mask and no cache, is what keeps documents
-    apart. predicting: flat indices (row × length + column) of the tokens that predict targets.
+    apart. predicting: flat indices (row × length + column) of the tokens that predict targets. chunk: see
+    chunked_cross_entropy. Autocast keeps no casts for a second use: there is none, and all layers' would add up.
     # ref: https://github.com/huggingface/transformers/pull/46634 (a cache or a mask silently joins documents)
     """
     arguments = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    is_bf16 = dtype == torch.bfloat16
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
         if chunked:
             hidden = causal_lm.base_model(**arguments).last_hidden_state
             picked = hidden.flatten(0, 1).index_select(0, predicting)
             weight: Tensor = causal_lm.get_output_embeddings().weight
-            return chunked_cross_entropy(picked, weight, targets, scale, dtype)
+            return chunked_cross_entropy(picked, weight, targets, scale, dtype, chunk)
         logits = causal_lm(**arguments).logits
     picked = logits.flatten(0, 1).index_select(0, predicting).float()
     return functional.cross_entropy(picked, targets, reduction="sum") * scale

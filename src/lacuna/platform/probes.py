@@ -1,0 +1,331 @@
+"""Small real runs of what training is built on, each in a child process: `python -m lacuna.platform.probes NAME…`.
+
+A library that ends its process, at import or later, ends the child, not the doctor. Nothing here imports torch, or any
+of them, before it is probed.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from subprocess import run
+
+from lacuna.platform.check import Check
+from lacuna.platform.detect import GIB, accelerators, choose_device, nvidia_driver, read_host
+
+EXTRAS = {
+    "torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train", "peft": "finetune",
+    "trl": "finetune", "bitsandbytes": "finetune", "wandb": "track", "tensorboard": "track",
+}  # fmt: skip
+"""Library to the extra of lacuna that installs it."""
+CUDA_BUILD = "pip install --force-reinstall torch --index-url https://pypi.org/simple"
+"""On Linux, PyPI's torch is the CUDA build; other indexes may offer the CPU's."""
+
+
+def torch_build() -> Check:
+    """Whether torch works, and uses the GPU that the driver sees."""
+    import torch
+
+    if int(torch.arange(4).sum()) != 6:
+        raise RuntimeError("0 + 1 + 2 + 3 is not 6")
+    driver, cuda = nvidia_driver(), torch.version.cuda
+    built = f"{torch.__version__}, built " + (f"for CUDA {cuda}" if cuda else "without CUDA")
+    if driver is None or torch.cuda.is_available():
+        return Check("torch", "ok", built + (f", driver {driver}" if driver else ""))
+    if cuda is None:
+        return Check("torch", "warning", f"{built}, but there is an NVIDIA GPU (driver {driver})", CUDA_BUILD)
+    try:
+        torch.cuda.init()
+        reason = "no device is visible: see CUDA_VISIBLE_DEVICES"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    mend = "update the NVIDIA driver, or install a torch for an older CUDA: https://pytorch.org/get-started/locally"
+    return Check("torch", "failed", f"{built}, which does not go with driver {driver}: {reason}", mend)
+
+
+def devices() -> Check:
+    """GPUs with their memory, and the CPU."""
+    import torch
+
+    host, gpus = read_host(), accelerators()
+    parts = [f"{gpu.name} ({(gpu.memory or 0) / GIB:.1f} GiB)" for gpu in gpus] or ["no GPU"]
+    if gpus and gpus[0].type == "cuda":
+        versions = [torch.cuda.get_device_capability(number) for number in range(len(gpus))]
+        parts = [f"{part[:-1]}, compute capability {v[0]}.{v[1]})" for part, v in zip(parts, versions, strict=True)]
+    fast = f"bf16 by {', '.join(host.bf16)}" if host.bf16 else "no instructions for bf16"
+    return Check("devices", "ok", f"{'; '.join(parts)}; {host.cores} cores, {host.memory / GIB:.1f} GiB, {fast}")
+
+
+def bf16() -> Check:
+    """A product in bf16 that is exact there, on every device."""
+    import torch
+
+    gpus = accelerators()
+    places = [f"cuda:{n}" for n in range(len(gpus))] if gpus and gpus[0].type == "cuda" else [gpu.type for gpu in gpus]
+    for place in places or ["cpu"]:
+        left = torch.arange(64 * 64, device=place).reshape(64, 64).remainder(7).bfloat16()
+        product = left @ torch.eye(64, device=place, dtype=torch.bfloat16) * 2
+        if not torch.equal(product.float().cpu(), left.float().cpu() * 2):
+            raise RuntimeError(f"a product in bf16 is wrong on {place}")
+    slow = [gpu.name for gpu in gpus if not gpu.has_bf16]
+    if slow:
+        return Check("bf16", "warning", f"only emulated on {', '.join(slow)}", "precision: fp32")
+    return Check("bf16", "ok", f"right on {', '.join(places) or 'cpu'}")
+
+
+def tiny_model() -> object:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **size))
+
+
+def transformers() -> str:
+    import torch
+
+    model, ids = tiny_model(), torch.arange(8)[None]
+    loss = model(input_ids=ids, labels=ids).loss  # type: ignore[operator]
+    return _finite(float(loss.detach()), "the loss of a tiny model")
+
+
+def peft() -> str:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    layer = torch.nn.Linear(8, 8)
+    wanted = layer(torch.ones(1, 8)).detach()
+    adapted = get_peft_model(torch.nn.Sequential(layer), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+    if not torch.allclose(adapted(torch.ones(1, 8)), wanted):
+        raise RuntimeError("a new adapter changes what its layer gives")
+    return "a new adapter"
+
+
+def accelerate() -> str:
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    layer = accelerator.prepare(torch.nn.Linear(8, 1))
+    accelerator.backward(layer(torch.ones(1, 8)).sum())
+    return "a backward pass"
+
+
+def trl() -> str:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    rows = Dataset.from_dict({"input_ids": [[0, 1, 2]] * 4})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder, max_steps=1, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"
+        )  # fmt: skip
+        trainer = SFTTrainer(tiny_model(), settings, train_dataset=rows, processing_class=tokenizer)
+        return _finite(float(trainer.train().training_loss), "a training step")
+
+
+def bitsandbytes() -> str:
+    device = choose_device("auto")
+    for bits in (4, 8):
+        if not quantised_product(bits, device.type):
+            raise RuntimeError(f"the {bits}-bit product is not finite on {device.name}")
+    return f"4-bit and 8-bit products on {device.name}"
+
+
+def quantised_product(bits: int, device: str) -> bool:
+    """Quantise a few weights and multiply by them: whether the product is finite. Raises what bitsandbytes raises."""
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    layer = Linear4bit(64, 64) if bits == 4 else Linear8bitLt(64, 64, has_fp16_weights=False)
+    product = layer.to(device)(torch.ones(1, 64, device=device))
+    return bool(torch.isfinite(product).all())
+
+
+def flash_attn() -> Check | str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("flash-attn", "skipped", "it needs CUDA; attention is torch's own")
+    from flash_attn import flash_attn_func
+
+    heads = torch.ones(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16)
+    if not torch.equal(flash_attn_func(heads, heads, heads, causal=True), heads):
+        raise RuntimeError("its attention over equal values is wrong")
+    return "a forward pass"
+
+
+def datasets() -> str:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    rows = Dataset.from_dict({"number": [1, 2]}).map(lambda row: {"number": row["number"] + 1})
+    if list(rows["number"]) != [2, 3]:
+        raise RuntimeError(f"[1, 2] + 1 gave {list(rows['number'])}")
+    return "two rows mapped"
+
+
+def tensorboard() -> str:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            writer.add_scalar("loss", 1.0, 1)
+        return f"an event of {sum(file.stat().st_size for file in Path(folder).iterdir())} bytes"
+
+
+def wandb() -> str:
+    import wandb
+
+    with tempfile.TemporaryDirectory() as folder:
+        with wandb.init(project="doctor", dir=folder, mode="offline", settings=wandb.Settings(silent=True)) as started:
+            started.log({"loss": 1.0})
+        if not any(Path(folder).glob("wandb/offline-run-*")):
+            raise RuntimeError("an offline run left no files")
+        return "an offline run"
+
+
+def hub_files() -> list[Check]:
+    """Where downloads go and whether there is room, and whether there is a token: never what it is."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lacuna.platform.storage import nearest_folder
+
+    place = nearest_folder(Path(HF_HUB_CACHE))
+    free, writable = shutil.disk_usage(place).free / GIB, os.access(place, os.W_OK)
+    found = f"{HF_HUB_CACHE}, {free:.0f} GiB free" + ("" if writable else ", not writable")
+    state = "ok" if writable and free > 20 else "warning"
+    mend = "" if state == "ok" else "export HF_HOME=/a/folder/with/room (a 7B model takes 15 GiB)"
+    cache = Check("hub cache", state, found, mend)
+    if get_token() is None:
+        return [cache, Check("hub token", "skipped", "none: gated models cannot be downloaded", "hf auth login")]
+    return [cache, Check("hub token", "ok", "there is one")]
+
+
+def compiler() -> Check:
+    """Build what torch.compile and Triton build: C against Python's headers."""
+    program = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    mend = "apt-get install gcc python3-dev (a Mac: xcode-select --install), or compile = false"
+    if program is None:
+        return Check("C compiler", "skipped", "none: torch.compile is off", mend)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [program, "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/a.so"]
+        words += [
+            f"-I{sysconfig.get_paths()['include']}",
+            *(["-undefined", "dynamic_lookup"] * (sys.platform == "darwin")),
+        ]
+        built = run(words, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
+    if built.returncode == 0:
+        return Check("C compiler", "ok", f"{program} builds against Python's headers")
+    said = next((line for line in built.stderr.splitlines() if "error" in line), "it refused")
+    return Check("C compiler", "failed", f"{program}: {said.strip()}", mend)
+
+
+def _finite(number: float, what: str) -> str:
+    if abs(number) < 1e6:
+        return what
+    raise RuntimeError(f"{what} gave {number}")
+
+
+LIBRARIES: dict[str, Callable[[], Check | str]] = {
+    "transformers": transformers, "peft": peft, "accelerate": accelerate, "trl": trl, "bitsandbytes": bitsandbytes,
+    "flash-attn": flash_attn, "datasets": datasets, "tensorboard": tensorboard, "wandb": wandb,
+}  # fmt: skip
+OTHERS: dict[str, Callable[[], Check]] = {"devices": devices, "bf16": bf16, "C compiler": compiler}
+
+
+def probe(name: str, files: list[str]) -> list[Check]:
+    """Try one thing. What does not work is a check that failed, with what was said and how to mend it."""
+    try:
+        if name == "config":
+            from lacuna.platform.needs import check_start
+
+            return check_start(files)
+        if name == "huggingface_hub":
+            return (
+                hub_files() if _is_there(name) else [Check("hub cache", "skipped", "not installed", install("torch"))]
+            )
+        if name in OTHERS:
+            return [
+                OTHERS[name]() if name == "C compiler" or _is_there("torch") else Check(name, "skipped", "no torch")
+            ]
+        if not _is_there(name.replace("-", "_")):
+            return [Check(name, "skipped", "not installed", install(name))]
+        return [torch_build() if name == "torch" else _library(name)]
+    except BaseException as error:
+        said = str(error).strip().splitlines()
+        found = f"{_version(name)}{type(error).__name__}{': ' + said[0] if said else ''}"
+        return [Check(name, "failed", found, install(name, again=True) if name in EXTRAS else "")]
+
+
+def install(name: str, again: bool = False) -> str:
+    """The command that installs a library, or does so again."""
+    if name == "flash-attn":
+        return "pip install flash-attn --no-build-isolation (only for CUDA)"
+    command = f"pip install 'lacuna[{EXTRAS[name]}]' (in a checkout: make install)"
+    return f"pip uninstall {name} && {command}" if again else command
+
+
+def _library(name: str) -> Check:
+    result = LIBRARIES[name]()
+    if isinstance(result, Check):
+        return result
+    unmet = _unmet(name)
+    if unmet:
+        return Check(name, "warning", f"{_version(name)}works ({result}), but lacuna wants {unmet}", install(name))
+    return Check(name, "ok", f"{_version(name)}{result}")
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(name: str) -> str:
+    """`0.21.2: `, or nothing where no version is known."""
+    try:
+        return f"{importlib.metadata.version(name)}: "
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _unmet(name: str) -> str:
+    """lacuna's own requirement where the version that is here does not meet it, else nothing."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in importlib.metadata.requires("lacuna") or []]
+        here = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    extra = {"extra": EXTRAS.get(name, "")}
+    ours = [one for one in wanted if one.name == name and one.marker is not None and one.marker.evaluate(extra)]
+    return next((str(one.specifier) for one in ours if not one.specifier.contains(here, prereleases=True)), "")
+
+
+def main(names: list[str], files: list[str]) -> None:
+    """Print a line of JSON for each thing that was tried, up to the first that failed: what follows wants a process
+    without its remains. Libraries print to standard error instead.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in names:
+        checks = probe(name, files)
+        print(json.dumps([asdict(check) for check in checks]), file=answers, flush=True)
+        if any(check.state == "failed" for check in checks):
+            break
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1].split(","), sys.argv[2:])

@@ -15,6 +15,8 @@ from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraErr
 from lacuna.experiment.merge import leaves
 from lacuna.flags import FLAGS, HELP, config_files, config_options, resolve, shown
 
+FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
+
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
 
@@ -81,14 +83,7 @@ def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
 
 
 @lacuna.command(context_settings=HELP)
-@click.option(
-    "--config",
-    "files",
-    metavar="FILE",
-    multiple=True,
-    required=True,
-    help="YAML or TOML; later ones win. auto: the shipped preset that fits this machine.",
-)
+@click.option("--config", "files", metavar="FILE", multiple=True, required=True, help=FILES)
 @click.option("--device", type=click.Choice(["auto", "cuda", "mps", "cpu"]), help="Instead of the config's.")
 @click.option("--resume", metavar="PATH|auto", help="A run folder, one of its checkpoints, or the newest run.")
 @click.option("--set", "words", metavar="A.B=C", multiple=True, help="A setting by its dotted path, over all files.")

@@ -17,7 +17,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
-from lacuna.platform.probes import quantised_product
+from lacuna.platform.libraries import quantised_product
 from lacuna.train.loading import check_loaded, load_weights
 from lacuna.train.model import (
     Execution,

@@ -8,7 +8,7 @@ import click
 
 State = Literal["ok", "warning", "failed", "skipped"]
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red"), "skipped": ("-", "bright_black")}
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
 """Words in the names of environment variables whose values nobody is to see."""
 
 
@@ -34,7 +34,7 @@ class Examination:
 def without_secrets(text: str) -> str:
     """What libraries said, without the values of this process' secret variables."""
     for name, value in os.environ.items():
-        if len(value) > 3 and any(word in name.upper() for word in SECRET):
+        if len(value) > 5 and not SECRET.isdisjoint(name.upper().split("_")):
             text = text.replace(value, "***")
     return text
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, without_secrets
-from lacuna.platform.needs import flat_of, needed_checks, read_config
+from lacuna.platform.needs import CONFIG, flat_of, needed_checks, read_config
 from lacuna.platform.probes import EXTRAS, install
 from lacuna.platform.storage import output_folder
 
@@ -35,14 +35,14 @@ def examine(files: Sequence[str]) -> Examination:
     folder = Path(flat_of(config).output_dir) if config is not None else Path.cwd()
     hub = services.hub()
     offline = {"HF_HUB_OFFLINE": "1"} if hub.state != "ok" else {}
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(run_probes, [*PROBES[0], *(["config"] if files else [])], files, offline)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run_probes, [*PROBES[0], *([CONFIG] if files else [])], files, offline)
         second = threads.submit(run_probes, PROBES[1], files, offline)
         others = [threads.submit(one) for one in (services.wandb_login, services.slurm, services.torchtune)]
         written = output_folder(folder, needed=config is not None)
     python = Check("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
     found = [python, *first.result(), *second.result(), written, hub, *(one.result() for one in others)]
-    found.sort(key=lambda check: check.name == ", ".join(files))
+    found.sort(key=lambda check: check.name == CONFIG)
     checks = [judged(check, needed) for check in found]
     return Examination(not any(check.needed and check.state == "failed" for check in checks), checks)
 

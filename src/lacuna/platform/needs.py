@@ -15,6 +15,8 @@ from lacuna.flags import resolve
 from lacuna.plan.shape import model_shape
 from lacuna.platform.check import Check
 
+CONFIG = "config"
+"""The name of the checks that are about the config."""
 Config = TrainingConfig | FinetuneConfig
 
 
@@ -35,7 +37,7 @@ def flat_of(config: Config) -> TrainingConfig:
 def needed_checks(config: Config) -> set[str]:
     """Names of the checks that may not fail, nor be skipped."""
     flat = flat_of(config)
-    names = {"Python", "torch", "bf16", "transformers", "accelerate", "output folder", "config"}
+    names = {"Python", "torch", "bf16", "transformers", "accelerate", "output folder", CONFIG}
     if isinstance(config, FinetuneConfig):
         names |= {"peft", "trl", "datasets"} | ({"bitsandbytes"} if config.training.method == "qlora" else set())
     if flat.compile is True:
@@ -46,7 +48,6 @@ def needed_checks(config: Config) -> set[str]:
 def check_start(files: Sequence[str]) -> list[Check]:
     """Everything that the trainer checks before it loads weights. Imports the trainer."""
     config = read_config(files)
-    name = ", ".join(files)
     notes: list[str] = []
     problems: list[str] = []
     try:
@@ -56,9 +57,9 @@ def check_start(files: Sequence[str]) -> list[Check]:
             _loop_starts(config, notes)
     except LacunaError as error:
         problems = error.problems
-    checks = [Check(name, "warning", note.removeprefix("warning: ")) for note in notes]
-    checks += [Check(name, "failed", problem, needed=True) for problem in problems]
-    return [*checks, *([] if problems else [Check(name, "ok", "tokenizer, model, data, device and disk are there")])]
+    checks = [Check(CONFIG, "warning", note.removeprefix("warning: ")) for note in notes]
+    checks += [Check(CONFIG, "failed", problem, needed=True) for problem in problems]
+    return [*checks, *([] if problems else [Check(CONFIG, "ok", "tokenizer, model, data, device and disk are there")])]
 
 
 def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
@@ -74,8 +75,8 @@ def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
         found = together(
             lambda: check_before(config, alone, lambda text: notes.append(in_own_words(text)), World()),
             lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
-            lambda: _check_weights(flat, notes),
         )
+        _check_weights(flat, notes)
         shape = model_shape(found[0][2].to_dict())
         _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
 
@@ -91,8 +92,8 @@ def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
     found = together(
         lambda: check_before(alone, choose_device(config.device), notes.append, World()),
         lambda: check_gpus(config.gpus, config.device) if config.gpus > 1 else None,
-        lambda: _check_weights(config, notes),
     )
+    _check_weights(config, notes)
     shape = model_shape(found[0][1].to_dict())
     _check_folder(config, shape.parameters if shape else 0, BYTES_PER_PARAMETER)
 

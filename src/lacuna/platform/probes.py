@@ -18,7 +18,8 @@ from pathlib import Path
 from subprocess import run
 
 from lacuna.platform.check import Check
-from lacuna.platform.detect import GIB, accelerators, choose_device, nvidia_driver, read_host
+from lacuna.platform.detect import GIB, accelerators, nvidia_driver, read_host
+from lacuna.platform.libraries import LIBRARIES
 
 EXTRAS = {
     "torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train", "peft": "finetune",
@@ -80,121 +81,6 @@ def bf16() -> Check:
     return Check("bf16", "ok", f"right on {', '.join(places) or 'cpu'}")
 
 
-def tiny_model() -> object:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **size))
-
-
-def transformers() -> str:
-    import torch
-
-    model, ids = tiny_model(), torch.arange(8)[None]
-    loss = model(input_ids=ids, labels=ids).loss  # type: ignore[operator]
-    return _finite(float(loss.detach()), "the loss of a tiny model")
-
-
-def peft() -> str:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    layer = torch.nn.Linear(8, 8)
-    wanted = layer(torch.ones(1, 8)).detach()
-    adapted = get_peft_model(torch.nn.Sequential(layer), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
-    if not torch.allclose(adapted(torch.ones(1, 8)), wanted):
-        raise RuntimeError("a new adapter changes what its layer gives")
-    return "a new adapter"
-
-
-def accelerate() -> str:
-    import torch
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True)
-    layer = accelerator.prepare(torch.nn.Linear(8, 1))
-    accelerator.backward(layer(torch.ones(1, 8)).sum())
-    return "a backward pass"
-
-
-def trl() -> str:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
-    rows = Dataset.from_dict({"input_ids": [[0, 1, 2]] * 4})
-    with tempfile.TemporaryDirectory() as folder:
-        settings = SFTConfig(
-            output_dir=folder, max_steps=1, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"
-        )  # fmt: skip
-        trainer = SFTTrainer(tiny_model(), settings, train_dataset=rows, processing_class=tokenizer)
-        return _finite(float(trainer.train().training_loss), "a training step")
-
-
-def bitsandbytes() -> str:
-    device = choose_device("auto")
-    for bits in (4, 8):
-        if not quantised_product(bits, device.type):
-            raise RuntimeError(f"the {bits}-bit product is not finite on {device.name}")
-    return f"4-bit and 8-bit products on {device.name}"
-
-
-def quantised_product(bits: int, device: str) -> bool:
-    """Quantise a few weights and multiply by them: whether the product is finite. Raises what bitsandbytes raises."""
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    layer = Linear4bit(64, 64) if bits == 4 else Linear8bitLt(64, 64, has_fp16_weights=False)
-    product = layer.to(device)(torch.ones(1, 64, device=device))
-    return bool(torch.isfinite(product).all())
-
-
-def flash_attn() -> Check | str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Check("flash-attn", "skipped", "it needs CUDA; attention is torch's own")
-    from flash_attn import flash_attn_func
-
-    heads = torch.ones(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16)
-    if not torch.equal(flash_attn_func(heads, heads, heads, causal=True), heads):
-        raise RuntimeError("its attention over equal values is wrong")
-    return "a forward pass"
-
-
-def datasets() -> str:
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    rows = Dataset.from_dict({"number": [1, 2]}).map(lambda row: {"number": row["number"] + 1})
-    if list(rows["number"]) != [2, 3]:
-        raise RuntimeError(f"[1, 2] + 1 gave {list(rows['number'])}")
-    return "two rows mapped"
-
-
-def tensorboard() -> str:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            writer.add_scalar("loss", 1.0, 1)
-        return f"an event of {sum(file.stat().st_size for file in Path(folder).iterdir())} bytes"
-
-
-def wandb() -> str:
-    import wandb
-
-    with tempfile.TemporaryDirectory() as folder:
-        with wandb.init(project="doctor", dir=folder, mode="offline", settings=wandb.Settings(silent=True)) as started:
-            started.log({"loss": 1.0})
-        if not any(Path(folder).glob("wandb/offline-run-*")):
-            raise RuntimeError("an offline run left no files")
-        return "an offline run"
-
-
 def hub_files() -> list[Check]:
     """Where downloads go and whether there is room, and whether there is a token: never what it is."""
     from huggingface_hub import get_token
@@ -205,9 +91,9 @@ def hub_files() -> list[Check]:
     place = nearest_folder(Path(HF_HUB_CACHE))
     free, writable = shutil.disk_usage(place).free / GIB, os.access(place, os.W_OK)
     found = f"{HF_HUB_CACHE}, {free:.0f} GiB free" + ("" if writable else ", not writable")
-    state = "ok" if writable and free > 20 else "warning"
-    mend = "" if state == "ok" else "export HF_HOME=/a/folder/with/room (a 7B model takes 15 GiB)"
-    cache = Check("hub cache", state, found, mend)
+    cache = Check("hub cache", "ok", found)
+    if not writable or free < 20:
+        cache = Check("hub cache", "warning", found, "export HF_HOME=/a/folder/with/room (a 7B model takes 15 GiB)")
     if get_token() is None:
         return [cache, Check("hub token", "skipped", "none: gated models cannot be downloaded", "hf auth login")]
     return [cache, Check("hub token", "ok", "there is one")]
@@ -232,16 +118,6 @@ def compiler() -> Check:
     return Check("C compiler", "failed", f"{program}: {said.strip()}", mend)
 
 
-def _finite(number: float, what: str) -> str:
-    if abs(number) < 1e6:
-        return what
-    raise RuntimeError(f"{what} gave {number}")
-
-
-LIBRARIES: dict[str, Callable[[], Check | str]] = {
-    "transformers": transformers, "peft": peft, "accelerate": accelerate, "trl": trl, "bitsandbytes": bitsandbytes,
-    "flash-attn": flash_attn, "datasets": datasets, "tensorboard": tensorboard, "wandb": wandb,
-}  # fmt: skip
 OTHERS: dict[str, Callable[[], Check]] = {"devices": devices, "bf16": bf16, "C compiler": compiler}
 
 

@@ -54,7 +54,7 @@ def slurm() -> Check:
         return Check("SLURM", "warning", f"sinfo does not answer in {SECONDS} s", "scontrol ping")
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-        return Check("SLURM", "warning", f"sinfo: {said}", "scontrol ping")
+        return Check("SLURM", "warning", f"sinfo: {said.removeprefix('sinfo: ')}", "scontrol ping")
     rows = [line.strip().split("|") for line in answer.splitlines() if line.count("|") == 4]
     if not rows:
         return Check("SLURM", "warning", "it has no partitions for this user", "sinfo --all")
@@ -75,8 +75,8 @@ def torchtune() -> Check:
     except ConfigError as error:
         return Check("torchtune", "warning", error.problems[0], "make torchtune")
     if environment is None:
-        found, _, mend = HOW_TO_GET_IT.partition(": ")
-        return Check("torchtune", "skipped", f"{found}; only its own recipes need it", mend)
+        found = f"{HOW_TO_GET_IT.partition(': ')[0]}; only its own recipes need it"
+        return Check("torchtune", "skipped", found, "make torchtune (in a checkout)")
     code = "import torch, torchtune.modules\nprint(float(torchtune.modules.RMSNorm(4)(torch.ones(1, 4)).sum().round()))"
     tried = subprocess.run([environment.python, "-c", code], capture_output=True, text=True, timeout=3 * SECONDS)
     if tried.stdout.strip() == "4.0":

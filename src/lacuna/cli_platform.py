@@ -37,9 +37,13 @@ def with_preset(files: Sequence[str]) -> list[str]:
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def presets(as_json: bool, verbose: bool) -> None:
     """List the shipped configs, what each is for, and which one `finetune --config auto` takes here."""
-    from lacuna.platform.presets import choose_preset, list_presets
+    from lacuna.platform.presets import Choice, choose_preset, list_presets
 
-    rows, choice = list_presets(), choose_preset(_devices())
+    rows = list_presets()
+    try:
+        choice = choose_preset(_devices())
+    except MissingExtraError as error:
+        choice = Choice(None, str(error))
     if as_json:
         click.echo(json.dumps({"presets": [asdict(row) for row in rows], "auto": asdict(choice)}, ensure_ascii=False))
         return

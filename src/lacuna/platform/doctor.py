@@ -76,7 +76,7 @@ def run_probes(names: Sequence[str], files: Sequence[str], more: Mapping[str, st
 
 def _child(names: Sequence[str], files: Sequence[str], more: Mapping[str, str]) -> tuple[list[list[Check]], str]:
     """The answers for the first of the names, and how the child ended."""
-    words = [sys.executable, "-m", "lacuna.platform.probes", ",".join(names), *files]
+    words = [sys.executable, "-X", "faulthandler", "-m", "lacuna.platform.probes", ",".join(names), *files]
     settings = {"WANDB_MODE": "offline", "TRANSFORMERS_VERBOSITY": "error", **more}
     child = subprocess.Popen(
         words, env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -84,14 +84,16 @@ def _child(names: Sequence[str], files: Sequence[str], more: Mapping[str, str]) 
     )  # fmt: skip
     try:
         output, said = child.communicate(timeout=SECONDS)
-        code = child.returncode
-        end = (
-            f"the process was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
-        )
     except subprocess.TimeoutExpired:
         child.kill()
         output, said = child.communicate()
-        end = f"no answer in {SECONDS} s"
-    lines = [line for line in said.splitlines() if line.strip()]
-    answers = [[Check(**check) for check in json.loads(line)] for line in output.splitlines()]
-    return answers, end + (f": {lines[-1].strip()[:200]}" if lines else "")
+        return _answers(output), f"no answer in {SECONDS} s"
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing was said"]
+    if child.returncode < 0:
+        place = next((line for line in lines if line.startswith("File ")), lines[-1])
+        return _answers(output), f"killed by {signal.Signals(-child.returncode).name}: {place}"
+    return _answers(output), f"ended with exit code {child.returncode}: {lines[-1]}"
+
+
+def _answers(output: str) -> list[list[Check]]:
+    return [[Check(**check) for check in json.loads(line)] for line in output.splitlines()]

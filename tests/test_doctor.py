@@ -14,8 +14,12 @@ import yaml
 
 from conftest import Run
 from hub_server import serve
+from lacuna.config.training import SFTConfig
+from lacuna.errors import ModelError
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, as_text
+from lacuna.platform.needs import check_weights
+from lacuna.platform.probes import reinstall
 from lacuna.platform.storage import output_folder
 from test_cli import CORE_ONLY, SITE_PACKAGES, SOURCE
 
@@ -118,7 +122,7 @@ def test_a_library_that_ends_its_process_is_a_failed_check_and_no_dead_doctor(tm
     assert checks["peft"]["found"] == "ended with exit code 7: out of luck"
     assert checks["datasets"]["found"].startswith("AttributeError: ")
     assert checks["W&B login"]["found"] == "WANDB_API_KEY is set"
-    assert checks["trl"]["state"] == checks["wandb"]["state"] == "skipped"
+    assert checks["tensorboard"]["state"] == checks["trl"]["state"] == checks["wandb"]["state"] == "skipped"
 
 
 def test_here_everything_works_and_the_run_could_start(model_folder: Path, chat_file: Path, tmp_path: Path) -> None:
@@ -135,6 +139,30 @@ def test_here_everything_works_and_the_run_could_start(model_folder: Path, chat_
     assert [check["state"] for check in checks["config"]] == ["ok"], checks["config"]
     assert code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "qlora.yaml", "tiny"]
+
+
+def test_what_broke_in_another_librarys_files_is_mended_there() -> None:
+    assert reinstall("peft", "/env/site-packages/bitsandbytes/__init__.py").startswith("pip uninstall bitsandbytes &&")
+    assert reinstall("peft", "/env/site-packages/torch/nn/modules/linear.py").startswith("pip uninstall peft &&")
+    assert reinstall("bf16", "/work/lacuna/platform/probes.py") == ""
+
+
+def test_weights_are_there_or_can_be_had(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(model: str | Path, **more: Any) -> SFTConfig:
+        return SFTConfig(model_name=str(model), dataset="d.jsonl", output_dir="o", steps=1, **more)
+
+    notes: list[str] = []
+    check_weights(config(model_folder), notes)
+    check_weights(config(tmp_path, initialise="random"), notes)
+    assert notes == []
+    with pytest.raises(ModelError, match=r"there are no safetensors in this folder"):
+        check_weights(config(tmp_path), notes)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"not downloaded before, and the hub is out of reach.*: hf download me/none"):
+        check_weights(config("me/none"), notes)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    check_weights(config("me/none"), notes)
+    assert notes == ["the weights of me/none will be downloaded when the run starts: hf download does it before"]
 
 
 def test_everything_that_would_stop_a_run_comes_at_once(model_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, without_secrets
 from lacuna.platform.needs import CONFIG, flat_of, needed_checks, read_config
-from lacuna.platform.probes import EXTRAS, install
+from lacuna.platform.probes import reinstall
 from lacuna.platform.storage import output_folder
 
 PROBES = (
@@ -67,8 +67,7 @@ def run_probes(names: Sequence[str], files: Sequence[str], more: Mapping[str, st
         stopped_by_itself = any(check.state == "failed" for check in answers[-1]) if answers else False
         if len(answers) < len(rest) and not stopped_by_itself:
             name = rest[len(answers)]
-            mend = install(name, again=True) if name in EXTRAS else ""
-            found.append(Check(name, "failed", end, mend))
+            found.append(Check(name, "failed", end, reinstall(name, end)))
             rest = rest[1:]
         rest = rest[len(answers) :]
     return found

@@ -76,7 +76,7 @@ def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
             lambda: check_before(config, alone, lambda text: notes.append(in_own_words(text)), World()),
             lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
         )
-        _check_weights(flat, notes)
+        check_weights(flat, notes)
         shape = model_shape(found[0][2].to_dict())
         _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
 
@@ -93,12 +93,12 @@ def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
         lambda: check_before(alone, choose_device(config.device), notes.append, World()),
         lambda: check_gpus(config.gpus, config.device) if config.gpus > 1 else None,
     )
-    _check_weights(config, notes)
+    check_weights(config, notes)
     shape = model_shape(found[0][1].to_dict())
     _check_folder(config, shape.parameters if shape else 0, BYTES_PER_PARAMETER)
 
 
-def _check_weights(flat: TrainingConfig, notes: list[str]) -> None:
+def check_weights(flat: TrainingConfig, notes: list[str]) -> None:
     """Raises ModelError where a folder has no safetensors, or where they would have to come from a hub out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

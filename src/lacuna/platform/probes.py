@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -141,16 +142,25 @@ def probe(name: str, files: list[str]) -> list[Check]:
         return [torch_build() if name == "torch" else _library(name)]
     except BaseException as error:
         said = str(error).strip().splitlines()
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
         found = f"{_version(name)}{type(error).__name__}{': ' + said[0] if said else ''}"
-        return [Check(name, "failed", found, install(name, again=True) if name in EXTRAS else "")]
+        return [Check(name, "failed", found, reinstall(name, place))]
 
 
-def install(name: str, again: bool = False) -> str:
-    """The command that installs a library, or does so again."""
+def reinstall(name: str, place: str) -> str:
+    """What mends a library; or another one, where it broke in the files of that one. place: a path, or a line with it.
+
+    torch is never blamed: what others ask of it may well be wrong.
+    """
+    broken = next((one for one in EXTRAS if f"/{one}/" in place and one != "torch"), name)
+    return f"pip uninstall {broken} && {install(broken)}" if broken in EXTRAS else ""
+
+
+def install(name: str) -> str:
+    """The command that installs a library."""
     if name == "flash-attn":
         return "pip install flash-attn --no-build-isolation (only for CUDA)"
-    command = f"pip install 'lacuna[{EXTRAS[name]}]' (in a checkout: make install)"
-    return f"pip uninstall {name} && {command}" if again else command
+    return f"pip install 'lacuna[{EXTRAS[name]}]' (in a checkout: make install)"
 
 
 def _library(name: str) -> Check:

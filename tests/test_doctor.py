@@ -18,7 +18,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.errors import ModelError
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, as_text
-from lacuna.platform.needs import check_weights
+from lacuna.platform.needs import check_start, check_weights
 from lacuna.platform.probes import reinstall
 from lacuna.platform.storage import output_folder
 from test_cli import CORE_ONLY, SITE_PACKAGES, SOURCE
@@ -29,11 +29,9 @@ TORCH = (
     "nvidia", "triton", "cuda",
 )  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_0123456789abcdef", "WANDB_API_KEY": "0123456789fedcba9876"}
-CAN_MOUNT = (
-    subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
-    if shutil.which("unshare")
-    else False
-)
+CAN_MOUNT = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+NEEDS_MOUNT = pytest.mark.skipif(not CAN_MOUNT, reason="a file system of its own needs unshare -rm")
+SHOW = 'from lacuna.platform.storage import *; c = output_folder(Path("{}"), False); print(c.state, c.found)'
 FINETUNE = """\
 model: {path: tiny}
 dataset: {path: chat.jsonl}
@@ -141,6 +139,12 @@ def test_here_everything_works_and_the_run_could_start(model_folder: Path, chat_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "qlora.yaml", "tiny"]
 
 
+def in_own_mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    words = ["unshare", "-rm", "sh", "-c", script]
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_what_broke_in_another_librarys_files_is_mended_there() -> None:
     assert reinstall("peft", "/env/site-packages/bitsandbytes/__init__.py").startswith("pip uninstall bitsandbytes &&")
     assert reinstall("peft", "/env/site-packages/torch/nn/modules/linear.py").startswith("pip uninstall peft &&")
@@ -166,51 +170,50 @@ def test_weights_are_there_or_can_be_had(model_folder: Path, tmp_path: Path, mon
 
 
 def test_everything_that_would_stop_a_run_comes_at_once(model_folder: Path, tmp_path: Path) -> None:
-    """In the child alone, which is the part that loads the trainer."""
     settings = {
         "model_name": str(model_folder), "dataset": "nowhere.jsonl", "output_dir": str(tmp_path / "out"), "steps": 1,
         "attention": "flash_attention_2", "device": "cpu", "gpus": 2, "batch_size": 4, "sequence_length": 9999,
     }  # fmt: skip
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump({"trainer": "sft", **settings}))
-    words = [sys.executable, "-m", "lacuna.platform.probes", "config", "sft.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    checks = [Check(**check) for check in json.loads(done.stdout)]
-    assert all(check.state == "failed" and check.needed for check in checks)
+    checks = check_start([str(tmp_path / "sft.yaml")])
+    assert all((check.name, check.state, check.needed) == ("config", "failed", True) for check in checks)
     problems = "\n".join(check.found for check in checks)
-    for words_of in ("nowhere.jsonl: no such file", "attention 'flash_attention_2' needs CUDA", "sequence_length 9999"):
-        assert words_of in problems
+    for words in ("nowhere.jsonl: no such file", "attention 'flash_attention_2' needs CUDA", "sequence_length 9999"):
+        assert words in problems
     assert "gpus" not in problems
 
 
 @pytest.mark.parametrize(
     ("mounted", "found"),
-    [
-        ("-o size=8m", "the disk is full"),
-        ("-o ro", "the file system is read-only"),
-        ("-o nr_inodes=1", "no inodes are left: too many files"),
-    ],
+    [("-o size=8m", "the disk is full"), ("-o nr_inodes=1", "no inodes are left: too many files")],
 )
-@pytest.mark.skipif(not CAN_MOUNT, reason="a file system of its own needs unshare -rm")
-def test_a_disk_that_cannot_be_written_is_named(core: Path, tmp_path: Path, mounted: str, found: str) -> None:
+@NEEDS_MOUNT
+def test_a_full_disk_is_named_and_left_as_it_was(tmp_path: Path, mounted: str, found: str) -> None:
+    (tmp_path / "disk").mkdir()
+    script = (
+        f"mount -t tmpfs {mounted} tmpfs disk && {sys.executable} -c '{SHOW.format('disk/runs/a')}'; ls -A disk >&2"
+    )
+    done = in_own_mounts(script, tmp_path)
+    assert (done.stdout, done.stderr) == (f"failed {tmp_path / 'disk'}: {found}\n", "")
+
+
+@NEEDS_MOUNT
+def test_a_read_only_disk_ends_it_for_a_run_that_would_write_there(core: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     config = "trainer: sft\nmodel_name: m\ndataset: d.jsonl\noutput_dir: disk/runs/a\nsteps: 1\n"
     (tmp_path / "sft.yaml").write_text(config)
-    script = f"mount -t tmpfs {mounted} tmpfs disk && {core} -m lacuna doctor sft.yaml --json; ls -A disk >&2"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    (check,) = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "output folder"]
-    assert (check["state"], check["needed"]) == ("failed", True)
-    assert check["found"] == f"{tmp_path / 'disk'}: {found}"
-    assert check["mend"]
-    assert done.stderr == ""
+    done = in_own_mounts(f"mount -t tmpfs -o ro tmpfs disk && {core} -m lacuna doctor sft.yaml", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"✗ output folder  {tmp_path / 'disk'}: the file system is read-only\n" in done.stdout
+    assert re.search(r"\nnot ready: torch, .*output folder", done.stdout)
+    assert "\x1b" not in done.stdout
 
 
 def test_a_limit_on_files_is_named(tmp_path: Path) -> None:
-    code = "from lacuna.platform.storage import *\nprint(output_folder(Path('.'), needed=False).found)"
-    words = ["sh", "-c", 'ulimit -f 1000 && exec "$@"', "sh", sys.executable, "-c", code]
+    words = ["sh", "-c", 'ulimit -f 1000 && exec "$@"', "sh", sys.executable, "-c", SHOW.format(".")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path}: files may not be that large\n"
+    assert done.stdout == f"failed {tmp_path}: files may not be that large\n"
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path: Path) -> None:
@@ -360,10 +363,3 @@ def test_setting_up_a_laptop_says_what_is_missing(laptop: Path) -> None:
     write_program(laptop / ".venv/bin/lacuna", "exit 1")
     code, printed = set_up(laptop, sys.executable)
     assert (code, "see the lines marked ✗ above" in printed) == (1, True)
-
-
-def test_the_doctor_prints_no_colours_into_a_file(core: Path, tmp_path: Path) -> None:
-    done = subprocess.run([core, "-m", "lacuna", "doctor"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "\x1b" not in done.stdout
-    assert done.stdout.splitlines()[-1] == "not ready: torch"

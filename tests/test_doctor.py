@@ -97,6 +97,7 @@ def test_what_a_config_needs_fails_where_it_is_not_there(core: Path, tmp_path: P
 
 def test_a_library_that_ends_its_process_is_a_failed_check_and_no_dead_doctor(tmp_path: Path) -> None:
     stubs = {
+        "torch": "",
         "bitsandbytes": "import os\nos.kill(os.getpid(), 11)\n",
         "transformers": "import os\nprint('noise')\nraise ImportError('bad build for ' + os.environ['HF_TOKEN'])\n",
         "accelerate": "raise SystemExit(3)\n",

@@ -24,7 +24,7 @@ from lacuna.platform.libraries import LIBRARIES
 
 EXTRAS = {
     "torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train", "peft": "finetune",
-    "trl": "finetune", "bitsandbytes": "finetune", "wandb": "track", "tensorboard": "track",
+    "trl": "finetune", "bitsandbytes": "finetune", "wandb": "track", "tensorboard": "track", "huggingface_hub": "train",
 }  # fmt: skip
 """Library to the extra of lacuna that installs it."""
 CUDA_BUILD = "pip install --force-reinstall torch --index-url https://pypi.org/simple"
@@ -108,10 +108,8 @@ def compiler() -> Check:
         return Check("C compiler", "skipped", "none: torch.compile is off", mend)
     with tempfile.TemporaryDirectory() as folder:
         words = [program, "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/a.so"]
-        words += [
-            f"-I{sysconfig.get_paths()['include']}",
-            *(["-undefined", "dynamic_lookup"] * (sys.platform == "darwin")),
-        ]
+        words.append(f"-I{sysconfig.get_paths()['include']}")
+        words += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         built = run(words, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
     if built.returncode == 0:
         return Check("C compiler", "ok", f"{program} builds against Python's headers")
@@ -119,27 +117,24 @@ def compiler() -> Check:
     return Check("C compiler", "failed", f"{program}: {said.strip()}", mend)
 
 
-OTHERS: dict[str, Callable[[], Check]] = {"devices": devices, "bf16": bf16, "C compiler": compiler}
+OF_TORCH: dict[str, Callable[[], Check]] = {"torch": torch_build, "devices": devices, "bf16": bf16}
 
 
 def probe(name: str, files: list[str]) -> list[Check]:
     """Try one thing. What does not work is a check that failed, with what was said and how to mend it."""
+    module = "torch" if name in OF_TORCH else name.replace("-", "_")
     try:
         if name == "config":
             from lacuna.platform.needs import check_start
 
             return check_start(files)
+        if name == "C compiler":
+            return [compiler()]
+        if importlib.util.find_spec(module) is None:
+            return [Check(name, "skipped", "not installed", install(module))]
         if name == "huggingface_hub":
-            return (
-                hub_files() if _is_there(name) else [Check("hub cache", "skipped", "not installed", install("torch"))]
-            )
-        if name in OTHERS:
-            return [
-                OTHERS[name]() if name == "C compiler" or _is_there("torch") else Check(name, "skipped", "no torch")
-            ]
-        if not _is_there(name.replace("-", "_")):
-            return [Check(name, "skipped", "not installed", install(name))]
-        return [torch_build() if name == "torch" else _library(name)]
+            return hub_files()
+        return [OF_TORCH[name]() if name in OF_TORCH else _library(name)]
     except BaseException as error:
         said = str(error).strip().splitlines()
         place = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -158,7 +153,7 @@ def reinstall(name: str, place: str) -> str:
 
 def install(name: str) -> str:
     """The command that installs a library."""
-    if name == "flash-attn":
+    if name in ("flash-attn", "flash_attn"):
         return "pip install flash-attn --no-build-isolation (only for CUDA)"
     return f"pip install 'lacuna[{EXTRAS[name]}]' (in a checkout: make install)"
 
@@ -171,10 +166,6 @@ def _library(name: str) -> Check:
     if unmet:
         return Check(name, "warning", f"{_version(name)}works ({result}), but lacuna wants {unmet}", install(name))
     return Check(name, "ok", f"{_version(name)}{result}")
-
-
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _version(name: str) -> str:

@@ -39,6 +39,12 @@ RUN_ELSEWHERE = {
     "lacuna generate examples/learning_rate.yaml --output configs/learning_rate --paths skip": "the same",
     "torchrun --nproc-per-node 2 -m lacuna finetune --config configs/finetune.yaml": "test_finetune.py, a tiny model",
     "python benchmarks/scaling.py": "tests/test_scaling_docs.py",
+    "lacuna doctor": "test_doctor.py",
+    "lacuna doctor configs/training_config_h100.yaml": "test_doctor.py, with a tiny model",
+    "lacuna presets": "test_presets.py",
+    "finetune --config auto": "test_presets.py",
+    "scripts/setup_local.sh": "test_doctor.py",
+    "conda env create --file environment-remote.yml && conda activate lacuna && lacuna doctor": "test_doctor.py",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }
@@ -68,7 +74,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     (folder / ".venv").symlink_to(SCRIPTS.parent)
     (folder / ".venv" / "installed").touch()
     return folder

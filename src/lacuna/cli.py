@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
-from lacuna import __version__, cli_experiment
+from lacuna import __version__, cli_experiment, cli_platform
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.experiment.merge import leaves
 from lacuna.flags import FLAGS, HELP, config_files, config_options, resolve, shown
+
+FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
 
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
@@ -81,7 +83,7 @@ def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
 
 
 @lacuna.command(context_settings=HELP)
-@click.option("--config", "files", metavar="FILE", multiple=True, required=True, help="YAML or TOML; later ones win.")
+@click.option("--config", "files", metavar="FILE", multiple=True, required=True, help=FILES)
 @click.option("--device", type=click.Choice(["auto", "cuda", "mps", "cpu"]), help="Instead of the config's.")
 @click.option("--resume", metavar="PATH|auto", help="A run folder, one of its checkpoints, or the newest run.")
 @click.option("--set", "words", metavar="A.B=C", multiple=True, help="A setting by its dotted path, over all files.")
@@ -99,7 +101,7 @@ def finetune(
         raise ConfigError("--device and --set device are both given: keep one of them")
     if device is not None:
         settings["device"] = device
-    config, origins = load_finetune(files, settings)
+    config, origins = load_finetune(cli_platform.with_preset(files), settings)
     if dry_run:
         print_settings(dict(leaves(config.model_dump())), origins)
     from lacuna.data.hub import stay_offline_if_unreachable
@@ -194,6 +196,8 @@ for around in (
     cli_experiment.slurm,
     cli_experiment.start,
     cli_experiment.status,
+    cli_platform.presets,
+    cli_platform.doctor,
 ):
     lacuna.add_command(around)
 

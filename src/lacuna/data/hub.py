@@ -20,6 +20,7 @@ from lacuna.errors import DataError, MissingExtraError
 
 RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
 PROBE_SECONDS = 5
+ENDPOINT = "https://huggingface.co"
 
 
 def stay_offline_if_unreachable(config: TrainingConfig) -> None:
@@ -29,16 +30,23 @@ def stay_offline_if_unreachable(config: TrainingConfig) -> None:
     """
     if os.environ.get("HF_HUB_OFFLINE") or not _names_on_the_hub(config):
         return
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if reason := unreachable():
+        endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        click.echo(f"warning: the hub {endpoint} cannot be reached ({reason}): using what is downloaded", err=True)
+
+
+def unreachable() -> str | None:
+    """Why the hub does not answer; None where it does, even if it refuses."""
+    endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
     except (urllib.error.HTTPError, http.client.HTTPException):
-        return
+        return None
     except OSError as error:
         reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            click.echo(f"warning: the hub {endpoint} cannot be reached ({reason}): using what is downloaded", err=True)
+        return None if isinstance(reason, ssl.SSLError) else str(reason)
+    return None
 
 
 def _names_on_the_hub(config: TrainingConfig) -> list[str]:

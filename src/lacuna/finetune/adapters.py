@@ -17,6 +17,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
+from lacuna.platform.libraries import quantised_product
 from lacuna.train.loading import check_loaded, load_weights
 from lacuna.train.model import (
     Execution,
@@ -52,12 +53,7 @@ def check_quantisation(config: FinetuneConfig, device: Device) -> None:
         return
     advice = "set training.method: lora, which needs no quantisation"
     try:
-        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-        four_bit = config.training.quantization_bits == 4
-        layer = Linear4bit(64, 64) if four_bit else Linear8bitLt(64, 64, has_fp16_weights=False)
-        product = layer.to(device.type)(torch.ones(1, 64, device=device.type))
-        if not bool(torch.isfinite(product).all()):
+        if not quantised_product(config.training.quantization_bits, device.type):
             raise ConfigError(f"training.method qlora: bitsandbytes gives no finite product on {device.name}: {advice}")
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError, ValueError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]

@@ -49,7 +49,7 @@ def flash_attention_works(device: Device) -> bool:
 def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
     """Settle precision, attention and compilation. Raises ConfigError for what the device cannot do."""
     on_cuda = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported() if on_cuda else True
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else True
     wanted = {"auto": "bf16" if device.type != "cpu" and has_bf16 else "fp32"}.get(config.precision, config.precision)
     if wanted == "bf16" and not has_bf16:
         raise ConfigError(f"precision 'bf16': {device.name} has no bf16; choose --precision fp32")

@@ -1,6 +1,8 @@
 """From a config to a running loop: everything that can fail is tried here, the cheap things first."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -8,12 +10,12 @@ from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import check_data_settings, load_rows
 from lacuna.data.stream import check_stream, stream_fingerprint
-from lacuna.platform.detect import choose_device
+from lacuna.platform.detect import Device, choose_device
 from lacuna.runs.folder import write_config, write_provenance
 from lacuna.train.distributed import World, check_world, join, load_once
 from lacuna.train.loading import load_model, load_model_config, load_sharded, load_tokenizer
 from lacuna.train.loop import Prepared, settle, train_steps
-from lacuna.train.model import LossModel, resolve_execution
+from lacuna.train.model import Execution, LossModel, resolve_execution
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.session import (
     check_disk,
@@ -52,21 +54,31 @@ def train(config: TrainingConfig, command: list[str]) -> None:
         supervise(config, config, resume_with, lambda: out_of_memory, work, world)
 
 
-def _train(
-    config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest, world: World
-) -> None:
-    device = world.agreed(lambda: choose_device(config.device))
-    checks = (
+def check_before(
+    config: TrainingConfig, device: Device, report: Callable[[str], None], world: World
+) -> tuple[Any, Any, Execution]:
+    """What costs seconds, all of it together: tokenizer, model config, and settings as this machine can run them.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    tokenizer, model_config, execution = together(
         lambda: load_tokenizer(config),
         lambda: load_model_config(config),
         lambda: resolve_execution(config, device),
         lambda: check_world(config, world, device.type),
         lambda: check_data_settings(config),
-        lambda: check_tracker(config, console.print) if world.is_first else None,
-        lambda: check_stream(config, console.print),
+        lambda: check_tracker(config, report) if world.is_first else None,
+        lambda: check_stream(config, report),
         lambda: check_resume_path(config),
-    )
-    tokenizer, model_config, execution = world.agreed(lambda: together(*checks))[:3]
+    )[:3]
+    return tokenizer, model_config, execution
+
+
+def _train(
+    config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest, world: World
+) -> None:
+    device = world.agreed(lambda: choose_device(config.device))
+    tokenizer, model_config, execution = world.agreed(lambda: check_before(config, device, console.print, world))
     renderer = Renderer(tokenizer)
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:

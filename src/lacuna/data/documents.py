@@ -104,6 +104,11 @@ class Pieces:
     def lengths(self) -> NDArray[np.int64]:
         return self.ends - self.starts
 
+    @property
+    def used(self) -> NDArray[np.int64]:
+        """[used] the documents that have a piece, ascending."""
+        return self.documents[np.diff(self.documents, prepend=-1) > 0]
+
     def where(self, kept: NDArray[np.bool_]) -> "Pieces":
         """kept: [pieces]"""
         return Pieces(self.documents[kept], self.starts[kept], self.ends[kept])

@@ -228,7 +228,7 @@ def make_parts(
 
 def divide(part: Part, share: float, seed: int) -> tuple[Part, Part]:
     """Draw documents, with all of their pieces, for validation. Raises DataError where too few are left."""
-    kept = np.unique(part.pieces.documents)
+    kept = part.pieces.used
     count = max(round(share * len(kept)), 1)
     if count >= len(kept):
         raise DataError(

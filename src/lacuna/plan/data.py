@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
 from lacuna.data.packing import count_rows
 from lacuna.errors import LacunaError
@@ -61,7 +59,12 @@ def count(configs: Mapping[str, TrainingConfig], report: Callable[[str], None]) 
     Adapter runs come as `FinetuneConfig.as_sft()`, whose rows are samples. report: gets what reading finds, such as the
     schema, once for each data set.
     """
+    from lacuna.data.hub import stay_offline_if_unreachable
+
     once = _Once()
+    for config in configs.values():
+        names = (config.model_name, config.dataset, config.validation_dataset)
+        once(names, lambda config=config: stay_offline_if_unreachable(config))  # type: ignore[misc]
     counted: dict[str, Counts | str] = {}
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and config.streaming:
@@ -94,19 +97,15 @@ class _Once:
 
 def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None]) -> Counts:
     from lacuna.data.documents import Documents, Source, refuse_unread, training_source, validation_source
-    from lacuna.data.hub import stay_offline_if_unreachable
     from lacuna.data.loader import make_parts, refuse_few_rows
-
-    names = (config.model_name, config.dataset, config.validation_dataset)
-    once(("hub", *names), lambda: stay_offline_if_unreachable(config))
     from lacuna.train.optimizer import count_steps
 
     sft = config if isinstance(config, SFTConfig) else None
     tokenizer = (config.model_name, config.model_revision, sft and sft.chat_template)
-    renderer, same_renderer = once(("tokenizer", *tokenizer), lambda: _renderer(config, once))
+    renderer = once(tokenizer, lambda: _renderer(config, once))
 
     def documents_of(source: Source) -> Documents:
-        schema, documents = once((same_renderer, source), lambda: _read(source, renderer, report))
+        schema, documents = once((renderer, source), lambda: _read(source, renderer, report))
         refuse_unread(config, schema, source.dataset)
         return documents
 
@@ -114,23 +113,22 @@ def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None]) -
     for source in filter(None, sources):
         documents_of(source)
     seed = config.seed if config.validation_share else None
-    cut = (same_renderer, sources, sft and sft.too_long, config.sequence_length, config.validation_share, seed)
-    parts = once(("parts", cut), lambda: make_parts(config, documents_of, lambda _: None))
-    facts = once(("facts", cut, config.packing), lambda: _facts(*parts, config))
+    cut = (sft and sft.too_long, config.sequence_length, config.validation_share, seed, config.packing)
+    facts = once((renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, lambda _: None), config))
     refuse_few_rows(config, facts["rows"])
     steps = count_steps(config, facts["rows"])
     epochs = config.epochs or steps * config.batch_size / facts["rows"]
     return Counts(**facts, steps=steps, epochs=epochs)
 
 
-def _renderer(config: TrainingConfig, once: _Once) -> tuple["Renderer", Hashable]:
-    """The renderer, the same one for models of one tokenizer, and what tells it from others."""
+def _renderer(config: TrainingConfig, once: _Once) -> "Renderer":
+    """The same one for models that have the same tokenizer."""
     from lacuna.data.chat import Renderer
     from lacuna.train.loading import load_tokenizer
 
     tokenizer: Any = load_tokenizer(config)
     told_by = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
-    return once(told_by, lambda: Renderer(tokenizer)), hash(told_by)
+    return once(("tokenizer", *told_by), lambda: Renderer(tokenizer))
 
 
 def _read(source: "Source", renderer: "Renderer", report: Callable[[str], None]) -> tuple["Schema", "Documents"]:
@@ -144,22 +142,22 @@ def _facts(training: "Part", validation: "Part | None", config: TrainingConfig) 
     """What Counts says of a pass over the data."""
     documents, pieces = training.documents, training.pieces
     lengths = pieces.lengths
-    used = np.unique(pieces.documents)
+    used = len(pieces.used)
     is_split = validation is not None and validation.documents is documents
-    held_out = np.unique(validation.pieces.documents) if validation is not None else np.empty(0)
+    held_out = len(validation.pieces.used) if validation is not None else 0
     tokens, rows = int(lengths.sum()), _rows(training, config)
     return {
-        "documents": len(used),
+        "documents": used,
         "tokens": tokens,
         "targets": int(documents.targets(pieces).sum()),
         "rows": rows,
         "fill": tokens / (rows * config.sequence_length) if config.packing else None,
         "attention_pairs": int((lengths * (lengths + 1) // 2).sum()),
         "longest": int(lengths.max()),
-        "dropped": len(documents) - len(used) - (len(held_out) if is_split else 0),
+        "dropped": len(documents) - used - (held_out if is_split else 0),
         "truncated": 0 if documents.is_text else int((lengths < documents.lengths[pieces.documents]).sum()),
         "empty": len(documents.empty),
-        "validation_documents": len(held_out),
+        "validation_documents": held_out,
         "validation_rows": _rows(validation, config) if validation is not None else 0,
         "validation_tokens": int(validation.pieces.lengths.sum()) if validation is not None else 0,
     }

@@ -30,6 +30,8 @@ class Source:
     schema: str
     text_column: str
     unreadable_share: float
+    streaming: bool = False
+    """Of a hub data set: read what is asked for, instead of downloading all of it."""
 
 
 def training_source(config: TrainingConfig) -> Source:
@@ -114,6 +116,15 @@ class Pieces:
         return Pieces(self.documents[kept], self.starts[kept], self.ends[kept])
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is trained on, or what is held out."""
+
+    documents: Documents
+    pieces: Pieces
+    name: str
+
+
 def open_source(source: Source, report: Report) -> tuple[Schema, Iterator[Row | Broken]]:
     """The schema, found from the first rows, and all rows. Raises DataError where there is no row that can be used."""
     dataset, kind = source.dataset, source.kind
@@ -121,7 +132,7 @@ def open_source(source: Source, report: Report) -> tuple[Schema, Iterator[Row | 
     if files is not None:
         rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file, kind))
     else:
-        rows = (row for row, _ in hub_rows(source.subset, dataset, source.split, None, streaming=False))
+        rows = (row for row, _ in hub_rows(source.subset, dataset, source.split, None, source.streaming))
     first, rows = peek(rows)
     if not first:
         list(within_limit(rows, source.unreadable_share, report))

@@ -17,7 +17,7 @@ from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.documents import (
     Documents,
-    Pieces,
+    Part,
     Report,
     Source,
     fit,
@@ -27,6 +27,7 @@ from lacuna.data.documents import (
     training_source,
     validation_source,
 )
+from lacuna.data.duplicates import find_copies
 from lacuna.data.formats import find_files
 from lacuna.data.packing import pack
 from lacuna.errors import DataError, LacunaError
@@ -115,15 +116,6 @@ class Batch:
         return sum(int(packed.targets[index]) for packed, index in self.places)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is trained on, or what is held out."""
-
-    documents: Documents
-    pieces: Pieces
-    name: str
-
-
 def pack_samples(samples: Sequence[Sample], sequence_length: int, packing: bool) -> PackedRows:
     """Put samples of at most sequence_length tokens into rows: packed, or one in each."""
     return _packed(
@@ -202,6 +194,8 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
         return read_documents(source, schema, rows, renderer, report)
 
     training, validation = make_parts(config, documents_of, report)
+    for copies in find_copies(training, *([] if validation is None else [validation])):
+        report(str(copies))
     rows = pack_part(training, config)
     _describe(rows, training.name, config.sequence_length, report)
     refuse_few_rows(config, len(rows))

@@ -14,8 +14,7 @@ from lacuna.errors import LacunaError
 
 if TYPE_CHECKING:
     from lacuna.data.chat import Renderer
-    from lacuna.data.documents import Documents, Source
-    from lacuna.data.loader import Part
+    from lacuna.data.documents import Documents, Part, Source
     from lacuna.data.schemas import Schema
 
 Result = TypeVar("Result")
@@ -61,10 +60,10 @@ def count(configs: Mapping[str, TrainingConfig], report: Callable[[str], None]) 
     """
     from lacuna.data.hub import stay_offline_if_unreachable
 
+    places = {(config.model_name, config.dataset, config.validation_dataset): config for config in configs.values()}
+    for config in places.values():
+        stay_offline_if_unreachable(config)
     once = _Once()
-    for config in configs.values():
-        names = (config.model_name, config.dataset, config.validation_dataset)
-        once(names, lambda config=config: stay_offline_if_unreachable(config))  # type: ignore[misc]
     counted: dict[str, Counts | str] = {}
     for name, config in configs.items():
         if isinstance(config, PretrainConfig) and config.streaming:

@@ -30,7 +30,7 @@ def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig
             f"{' or '.join(map(repr, CONFIGS))}"
         )
     layer, trainer = named[-1]
-    if trainer not in CONFIGS:
+    if not isinstance(trainer, str) or trainer not in CONFIGS:
         hint = did_you_mean(str(trainer), [*CONFIGS])
         raise ConfigError(f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are")
     model = CONFIGS[trainer]

@@ -76,7 +76,10 @@ def packed_row(row: PackedRow, length: int, x: float, y: float, width: float) ->
 
 def in_colour(config: SFTConfig, renderer: Renderer) -> str:
     """`lacuna data` in a terminal of 80 columns, without fonts from the network."""
-    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False,
+        markup=False, emoji=False,
+    )  # fmt: skip
     show(preview(config, renderer, [config.dataset], 1), renderer, console)
     svg = console.export_svg(title="lacuna data --config examples/quickstart/sft.toml")
     return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)

@@ -113,11 +113,11 @@ class TestNumbers:
         assert [part[name] for name in ("documents", "dropped", "truncated", "rows")] == [2, 1, 0, 2]
 
     def test_a_validation_share_is_a_part(self, look: Look) -> None:
-        look.write("a.jsonl", [(f"river {number}", "stone") for number in range(20)])
-        found, code = look.json(look.config(validation_share=0.25))
+        look.write("a.jsonl", [*((f"river {number}", "stone") for number in range(20)), {}])
+        found, code = look.json(look.config(validation_share=0.25, unreadable_share=0.1))
         assert code == 0
-        assert [(part["name"], part["documents"]) for part in found["parts"]] == [
-            ("a.jsonl", 15), ("validation share", 5),
+        assert [(part["name"], part["documents"], part["broken"]) for part in found["parts"]] == [
+            ("a.jsonl", 15, 1), ("validation share", 5, 0),
         ]  # fmt: skip
 
     def test_files_are_looked_at_instead_of_the_configs(self, look: Look) -> None:

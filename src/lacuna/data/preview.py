@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
-from lacuna.data.chat import Renderer
+from lacuna.data.chat import Renderer, Unusable
 from lacuna.data.documents import (
     Documents,
     Part,
@@ -105,6 +105,8 @@ class _Reading:
     schema: Schema
     documents: Documents
     broken: int
+    empty: int
+    unusable: list[Unusable]
 
 
 class _Collected:
@@ -140,7 +142,9 @@ def preview(config: TrainingConfig, renderer: Renderer, files: Sequence[str], sa
     if config.validation_share is not None and training is not None:
         share, seed, undivided = config.validation_share, config.seed, parts[0][0]
         if (divided := found.attempt(lambda: divide(undivided, share, seed))) is not None:
-            parts, dropped = [(part, training) for part in divided], [*dropped, 0]
+            kept, held_out = divided
+            parts = [(kept, training), (held_out, replace(training, broken=0, empty=0, unusable=[]))]
+            dropped.append(0)
     copies = find_copies(*(part for part, _ in parts)) if training is not None else []
     looked_at = [
         _describe(part, reading, left_out, config, renderer, samples)
@@ -169,7 +173,9 @@ def _read(source: Source, config: TrainingConfig, renderer: Renderer, found: _Co
     total = documents.total + len(broken)
     found.attempt(lambda: judge_broken(broken, total, source.unreadable_share, found.notes.append))
     found.attempt(lambda: refuse_unusable(documents, source.dataset, found.notes.append))
-    return _Reading(source, schema, documents, len(broken)) if len(documents) else None
+    if not len(documents):
+        return None
+    return _Reading(source, schema, documents, len(broken), len(documents.empty), documents.unusable)
 
 
 def _set_aside(rows: Iterable[Any | Broken], broken: list[Broken]) -> Iterator[Any]:
@@ -198,7 +204,7 @@ def _describe(
     rows = (count_rows(lengths, config.sequence_length) if config.packing else len(lengths)) if can_pack else None
     tokens = int(lengths.sum())
     unusable: dict[str, list[str]] = {}
-    for item in documents.unusable:
+    for item in reading.unusable:
         unusable.setdefault(item.kind, []).append(item.origin)
     return PartPreview(
         name=part.name,
@@ -210,7 +216,7 @@ def _describe(
         targets=int(documents.targets(pieces).sum()),
         dropped=dropped,
         truncated=0 if documents.is_text else int((lengths < documents.lengths[pieces.documents]).sum()),
-        empty=len(documents.empty),
+        empty=reading.empty,
         broken=reading.broken,
         unusable=unusable,
         median=int(np.median(whole)),

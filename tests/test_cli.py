@@ -154,6 +154,11 @@ def test_training_without_its_extra_names_the_install_command(core_only: Path, f
     )
 
 
+def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
+    result = in_core_only(core_only, "lacuna", "data", "--config", folder / "good.toml")
+    assert "pip install 'lacuna[train]'" in message(result)
+
+
 def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:
     code = "import sys, pathlib\nfrom lacuna.data.formats import read_file\nlist(read_file(pathlib.Path('a.parquet')))"
     environment = {**os.environ, "PYTHONPATH": str(core_only)}

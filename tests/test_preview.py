@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,14 @@ class TestWouldStop:
         found = look(config)
         assert found.code == 1
         assert "batch_size × gradient_accumulation_steps is 16 samples, but there are only 2" in found.output
+
+    def test_an_adapters_config_needs_its_extra(self, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "lacuna.finetune.checks", None)
+        config = look.folder / "finetune.yaml"
+        config.write_text("model: {path: m}\ndataset: {path: d}\ntraining: {}\n")
+        found = look(config)
+        assert found.code == 2
+        assert "pip install 'lacuna[finetune]'" in found.output
 
 
 class TestBadConfig:

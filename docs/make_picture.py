@@ -1,14 +1,22 @@
-"""Draw docs/picture.svg from the runs of `make quickstart`: what was learned, and how the rows were packed."""
+"""Draw docs/picture.svg from the runs of `make quickstart`: what was learned, and how the rows were packed.
 
+docs/sample.svg is what `lacuna data` shows of the same data.
+"""
+
+import io
+import re
 from itertools import pairwise
 from pathlib import Path
 
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import ALTERNATIVES, SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import PackedRow, load_rows, row_order
+from lacuna.data.preview import preview
+from lacuna.data.preview_text import show
 from lacuna.runs.metrics import read_metrics
 
 WIDTH, HEIGHT = 960, 330
@@ -66,11 +74,24 @@ def packed_row(row: PackedRow, length: int, x: float, y: float, width: float) ->
     return shapes
 
 
+def in_colour(config: SFTConfig, renderer: Renderer) -> str:
+    """`lacuna data` in a terminal of 80 columns, without fonts from the network."""
+    console = Console(
+        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False,
+        markup=False, emoji=False,
+    )  # fmt: skip
+    show(preview(config, renderer, [config.dataset], 1), renderer, console)
+    svg = console.export_svg(title="lacuna data --config examples/quickstart/sft.toml")
+    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+
+
 def main() -> None:
     layer = read_layer("examples/quickstart/sft.toml")
     config = check(SFTConfig, *merge_layers([layer], ALTERNATIVES))
     tokenizer = AutoTokenizer.from_pretrained(config.model_name)
-    rows, _ = load_rows(config, Renderer(tokenizer), lambda line: None)
+    renderer = Renderer(tokenizer)
+    Path("docs/sample.svg").write_text(in_colour(config, renderer), encoding="utf-8")
+    rows, _ = load_rows(config, renderer, lambda line: None)
     shapes = curve(Path("runs/quickstart/base"), 30, "pretrain")
     shapes += curve(Path("runs/quickstart/sft"), 330, "sft")
     shapes.append(text(620, 44, "packed rows of the sft data", 15, weight="bold"))

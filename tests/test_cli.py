@@ -35,7 +35,8 @@ TORCH_FREE = [
     "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
     "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
     "lacuna.launch.child", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
-    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status",
+    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
+    "lacuna.plan.shape",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
@@ -154,6 +155,11 @@ def test_training_without_its_extra_names_the_install_command(core_only: Path, f
         r"\(in a checkout: make install\)\n",
         message(result),
     )
+
+
+def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
+    result = in_core_only(core_only, "lacuna", "data", "--config", folder / "good.toml")
+    assert "pip install 'lacuna[train]'" in message(result)
 
 
 def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:

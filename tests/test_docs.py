@@ -131,6 +131,8 @@ def test_every_command_is_run_somewhere() -> None:
     tested_here = {
         "make quickstart",
         "make install && . .venv/bin/activate",
+        "lacuna data my_chats.jsonl --config configs/sft_qwen.toml",
+        "lacuna data --config examples/quickstart/sft.toml --show 1",
         "sft @ configs/sft_qwen.toml --dataset my_chats.jsonl",
         "lacuna explain configs/sft_qwen.toml --learning-rate 1e-4",
         "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short",
@@ -160,9 +162,17 @@ def test_the_short_run_of_the_data_page(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
     command = "sft @ examples/quickstart/sft.toml --steps 24 --save-every 4 --output-dir runs/short"
     printed = call(command, folder)
-    (shown,) = [block for block in blocks("") if "schema chat" in block]
+    (shown,) = [block for block in blocks("") if "jsonl: schema chat" in block]
     assert shown.strip() in printed
     assert (folder / "runs" / "short" / "final").is_dir()
+
+
+def test_the_look_at_the_data_of_the_data_page(quickstart: tuple[Path, str]) -> None:
+    """The words that are drawn depend on Python's own library, and so on its version; the numbers of chats do not."""
+    printed = call("lacuna data --config examples/quickstart/sft.toml --show 1", quickstart[0])
+    (shown,) = [block for block in blocks("") if "(by its ending), schema chat" in block]
+    assert printed.splitlines()[:3] == shown.splitlines()[:3]
+    assert re.search(r"^⟦.+<\|im_end\|>⟧⏎$", printed, re.MULTILINE)
 
 
 def test_two_processes_without_a_gpu_and_the_table_of_runs(quickstart: tuple[Path, str]) -> None:
@@ -252,6 +262,8 @@ def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_p
     chats = write_chat(checkout / "my_chats.jsonl", rows=1500)
     assert json.loads(chats.read_text().splitlines()[0]).keys() == {"messages"}
     home = {"HF_ENDPOINT": hub_endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    seen = call("lacuna data my_chats.jsonl --config configs/sft_qwen.toml", checkout, **home)
+    assert "documents  1,500" in seen
     printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)
     assert "model: runs/sft_qwen/final" in printed
     folder = checkout / "runs" / "sft_qwen"

@@ -16,6 +16,7 @@ from fixtures import make_tokenizer, write_chat
 from lacuna.config.training import PretrainConfig, SFTConfig
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.collate import collate
+from lacuna.data.documents import pieces
 from lacuna.data.loader import (
     Batch,
     PackedRows,
@@ -24,7 +25,6 @@ from lacuna.data.loader import (
     check_data_settings,
     load_rows,
     pack_samples,
-    pieces,
     row_order,
 )
 from lacuna.data.stream import check_stream, stream

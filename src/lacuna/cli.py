@@ -138,6 +138,33 @@ def merge(run_folder: str, output: str, verbose: bool) -> None:
     click.echo(write(run_folder, output))
 
 
+@lacuna.command(context_settings=HELP)
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option(
+    "--config", "configs", metavar="CONFIG", multiple=True, required=True, help="Of any trainer; later ones win."
+)
+@click.option("--show", "samples", type=click.IntRange(0), default=2, show_default=True, help="Samples of each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object.")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json: bool, verbose: bool) -> None:
+    """Show what the model will see of CONFIG's data, or of FILE... instead: the first as training data, the others as
+    validation data.
+
+    Ends with 1 where a run would stop.
+    """
+    from lacuna.config.trainers import load_trainer_config
+    from lacuna.data.hub import stay_offline_if_unreachable
+
+    config = load_trainer_config(configs)
+    stay_offline_if_unreachable(config if isinstance(config, TrainingConfig) else config.as_sft())
+    try:
+        from lacuna.data.preview_text import look
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("train", error.name or "transformers") from error
+    if look(config, files, samples, as_json):
+        sys.exit(1)
+
+
 @lacuna.command(context_settings={**HELP, "ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [--SETTING VALUE]...")
 @click.option("--trainer", type=click.Choice([*FLAT, "finetune"]), help="Where no file says it by its `trainer` key.")

@@ -1,10 +1,12 @@
 """The trainers and what their configs look like."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lacuna.config.files import check, did_you_mean, flag_name, merge_layers, read_layer, set_flag
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
+from lacuna.errors import ConfigError
 
 CONFIGS: dict[str, type[TrainingConfig] | type[FinetuneConfig]] = {**FLAT, "finetune": FinetuneConfig}
 
@@ -13,3 +15,24 @@ def trainer_of(values: Mapping[str, Any]) -> Any:
     """What a file's `trainer` key says; without one, a file with finetune's sections is finetune's. Else None."""
     has_sections = {"model", "dataset", "training"} <= values.keys() <= FinetuneConfig.model_fields.keys()
     return values.get("trainer", "finetune" if has_sections else None)
+
+
+def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig:
+    """The checked config that files make, the later over the earlier, for whichever trainer they are for.
+
+    Raises ConfigError that lists every problem with its file and line.
+    """
+    layers = [read_layer(file) for file in files]
+    named = [(layer, trainer) for layer in layers if (trainer := trainer_of(layer.values)) is not None]
+    if not named:
+        raise ConfigError(
+            f"{', '.join(files)}: no `trainer` key says what this is for: add trainer = "
+            f"{' or '.join(map(repr, CONFIGS))}"
+        )
+    layer, trainer = named[-1]
+    if not isinstance(trainer, str) or trainer not in CONFIGS:
+        hint = did_you_mean(str(trainer), [*CONFIGS])
+        raise ConfigError(f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are")
+    model = CONFIGS[trainer]
+    values, origins = merge_layers(layers, model.alternatives)
+    return check(model, values, origins, flag_name if trainer in FLAT else set_flag)

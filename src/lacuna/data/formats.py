@@ -237,8 +237,20 @@ def within_limit(
     """
     broken: list[Broken] = []
     total = 0
+    for row in rows:
+        total += 1
+        if isinstance(row, Broken):
+            broken.append(row)
+        if total >= 1000 and len(broken) > max(share * total, collected):
+            judge_broken(broken, total, share, report)
+        if not isinstance(row, Broken):
+            yield row
+    judge_broken(broken, total, share, report)
 
-    def stop() -> None:
+
+def judge_broken(broken: list[Broken], total: int, share: float, report: Callable[[str], None]) -> None:
+    """Report the rows left out. Raises DataError naming the first of them where they are more than the share."""
+    if len(broken) > share * total:
         lines = [f"{row.origin}: {row.reason}" for row in broken[:SHOWN_PROBLEMS]]
         if len(broken) > SHOWN_PROBLEMS:
             lines.append(f"… and {len(broken) - SHOWN_PROBLEMS} more broken rows")
@@ -246,17 +258,6 @@ def within_limit(
             f"{len(broken)} of {total} rows cannot be used: mend them, or allow a share with --unreadable-share"
         )
         raise DataError(lines)
-
-    for row in rows:
-        total += 1
-        if isinstance(row, Broken):
-            broken.append(row)
-        if total >= 1000 and len(broken) > max(share * total, collected):
-            stop()
-        if not isinstance(row, Broken):
-            yield row
-    if len(broken) > share * total:
-        stop()
     if broken:
         report(f"{len(broken)} of {total} rows are broken and left out; the first: {broken[0].origin}")
 

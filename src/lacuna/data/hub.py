@@ -64,16 +64,16 @@ def hub_beginning(config: TrainingConfig, name: str, state: Any) -> Any:
     """The state before the first row, in the commit of another state, or in the newest one."""
     if state is not None:
         return {**state, "number": 0, "hub": None}
-    builder = _builder(config, name, None)
+    builder = _builder(config.dataset_subset, name, None)
     return {"number": 0, "hub": None, "commit": builder.hash, "format": builder.name}
 
 
-def hub_rows(config: TrainingConfig, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
+def hub_rows(subset: str | None, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
     """Rows of a hub data set, each with a function that gives the state after it.
 
     state: go on after it, in the same commit of the data set. Raises DataError.
     """
-    builder = _builder(config, name, state["commit"] if state else None)
+    builder = _builder(subset, name, state["commit"] if state else None)
     _check_split(builder, name, split)
     if state is not None and (builder.hash, builder.name) != (state["commit"], state["format"]):
         raise DataError(
@@ -100,7 +100,7 @@ def _state(builder: Any, data: Any, number: int) -> Any:
     return {"hub": data.state_dict(), "number": number, "commit": builder.hash, "format": builder.name}
 
 
-def _builder(config: TrainingConfig, name: str, commit: str | None) -> Any:
+def _builder(subset: str | None, name: str, commit: str | None) -> Any:
     try:
         import datasets
     except ImportError:
@@ -108,7 +108,7 @@ def _builder(config: TrainingConfig, name: str, commit: str | None) -> Any:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        return datasets.load_dataset_builder(name, config.dataset_subset, revision=commit)
+        return datasets.load_dataset_builder(name, subset, revision=commit)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(f"{name}: no such file or folder, and not on the hub either: {_said(error)}") from error
     except Exception as error:

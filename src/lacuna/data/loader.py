@@ -7,33 +7,35 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lacuna.config.training import SFTConfig, TrainingConfig
-from lacuna.data.chat import EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
-from lacuna.data.formats import (
-    Broken,
-    Row,
-    find_files,
-    peek,
-    read_file,
-    within_limit,
+from lacuna.config.training import TrainingConfig
+from lacuna.data.chat import Renderer, Sample
+from lacuna.data.documents import (
+    Documents,
+    Part,
+    Report,
+    Source,
+    fit,
+    open_source,
+    read_documents,
+    refuse_unread,
+    training_source,
+    validation_source,
 )
-from lacuna.data.hub import hub_rows
+from lacuna.data.duplicates import find_copies
+from lacuna.data.formats import find_files
 from lacuna.data.packing import pack
-from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError, LacunaError
 
 COUNTED = 1024
 """Documents whose targets are counted together."""
 PackedRow = list[Sample]
 Position = dict[str, Any]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,37 @@ class Batch:
 
 def pack_samples(samples: Sequence[Sample], sequence_length: int, packing: bool) -> PackedRows:
     """Put samples of at most sequence_length tokens into rows: packed, or one in each."""
-    lengths = np.array([len(sample.tokens) for sample in samples], dtype=np.int64)
-    row_of = pack(lengths, sequence_length) if packing else np.arange(len(samples))
+    return _packed(
+        np.concatenate([sample.tokens for sample in samples] or [np.empty(0, dtype=np.int32)]),
+        np.concatenate([sample.supervised for sample in samples] or [np.empty(0, dtype=np.bool_)]),
+        np.array([len(sample.tokens) for sample in samples], dtype=np.int64),
+        sequence_length,
+        packing,
+    )
+
+
+def pack_part(part: Part, config: TrainingConfig) -> PackedRows:
+    """Put pieces into rows: packed, or one in each."""
+    documents, pieces = part.documents, part.pieces
+    spans = [slice(start, end) for start, end in zip(pieces.starts.tolist(), pieces.ends.tolist(), strict=True)]
+    return _packed(
+        np.concatenate([documents.tokens[span] for span in spans]),
+        np.concatenate([documents.supervised[span] for span in spans]),
+        pieces.lengths,
+        config.sequence_length,
+        config.packing,
+    )
+
+
+def _packed(
+    tokens: NDArray[np.int32], supervised: NDArray[np.bool_], lengths: NDArray[np.int64], capacity: int, packing: bool
+) -> PackedRows:
+    row_of = pack(lengths, capacity) if packing else np.arange(len(lengths))
     members = np.argsort(row_of, kind="stable")
-    rows = int(row_of.max()) + 1 if len(samples) else 0
+    rows = int(row_of.max()) + 1 if len(lengths) else 0
     return PackedRows(
-        tokens=np.concatenate([sample.tokens for sample in samples] or [np.empty(0, dtype=np.int32)]),
-        supervised=np.concatenate([sample.supervised for sample in samples] or [np.empty(0, dtype=np.bool_)]),
+        tokens=tokens,
+        supervised=supervised,
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         members=members,
         row_starts=np.searchsorted(row_of[members], np.arange(rows + 1)),
@@ -161,37 +187,69 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
 
     Raises DataError with what is wrong in which file and line.
     """
-    documents = _documents(config, config.dataset, config.dataset_split, renderer, report)
-    validation: list[list[Sample]] | None = None
-    if config.validation_share is not None:
-        order = row_order(config.seed, 0, len(documents))
-        count = max(round(config.validation_share * len(documents)), 1)
-        if count >= len(documents):
-            raise DataError(
-                f"{config.dataset}: {len(documents)} documents are too few to keep {config.validation_share:.0%} of "
-                "them for validation: give --validation-dataset, or no validation"
-            )
-        validation = [documents[index] for index in sorted(order[:count].tolist())]
-        documents = [documents[index] for index in sorted(order[count:].tolist())]
-    elif config.validation_dataset is not None:
-        validation = _documents(config, config.validation_dataset, config.validation_split, renderer, report)
-    rows = pack_samples(list(chain.from_iterable(documents)), config.sequence_length, config.packing)
-    _describe(rows, config.dataset, config.sequence_length, report)
-    if config.batch_size > len(rows) and not config.packing:
-        raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} samples, but there are only {len(rows)}: lower "
-            "--batch-size"
-        )
-    if config.batch_size > len(rows):
-        raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {len(rows)} of "
-            f"{config.sequence_length} tokens: lower --batch-size or --sequence-length"
-        )
+
+    def documents_of(source: Source) -> Documents:
+        schema, rows = open_source(source, report)
+        refuse_unread(config, schema, source.dataset)
+        return read_documents(source, schema, rows, renderer, report)
+
+    training, validation = make_parts(config, documents_of, report)
+    for copies in find_copies(training, *([] if validation is None else [validation])):
+        report(str(copies))
+    rows = pack_part(training, config)
+    _describe(rows, training.name, config.sequence_length, report)
+    refuse_few_rows(config, len(rows))
     if validation is None:
         return rows, None
-    validation_rows = pack_samples(list(chain.from_iterable(validation)), config.sequence_length, config.packing)
-    _describe(validation_rows, config.validation_dataset or "validation share", config.sequence_length, report)
+    validation_rows = pack_part(validation, config)
+    _describe(validation_rows, validation.name, config.sequence_length, report)
     return rows, validation_rows
+
+
+def make_parts(
+    config: TrainingConfig, documents_of: Callable[[Source], Documents], report: Report
+) -> tuple[Part, Part | None]:
+    """What is trained on and what is held out, cut to the config's lengths but not packed. Raises DataError."""
+    documents = documents_of(training_source(config))
+    training = Part(documents, fit(documents, config, config.dataset, report), config.dataset)
+    if config.validation_share is not None:
+        return divide(training, config.validation_share, config.seed)
+    if (source := validation_source(config)) is None:
+        return training, None
+    held_out = documents_of(source)
+    return training, Part(held_out, fit(held_out, config, source.dataset, report), source.dataset)
+
+
+def divide(part: Part, share: float, seed: int) -> tuple[Part, Part]:
+    """Draw documents, with all of their pieces, for validation. Raises DataError where too few are left."""
+    kept = part.pieces.used
+    count = max(round(share * len(kept)), 1)
+    if count >= len(kept):
+        raise DataError(
+            f"{part.name}: {len(kept)} documents are too few to keep {share:.0%} of them for validation: "
+            "give --validation-dataset, or no validation"
+        )
+    held_out = np.zeros(len(part.documents), dtype=np.bool_)
+    held_out[kept[row_order(seed, 0, len(kept))[:count]]] = True
+    drawn = held_out[part.pieces.documents]
+    return (
+        Part(part.documents, part.pieces.where(~drawn), part.name),
+        Part(part.documents, part.pieces.where(drawn), "validation share"),
+    )
+
+
+def refuse_few_rows(config: TrainingConfig, rows: int) -> None:
+    """Raise DataError where the data do not fill one batch."""
+    if config.batch_size > rows and not config.packing:
+        raise DataError(
+            f"{config.dataset}: batch_size is {config.batch_size} samples, but there are only {rows}: lower "
+            "--batch-size"
+        )
+    if config.batch_size > rows:
+        raise DataError(
+            f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {rows} of "
+            f"{config.sequence_length} tokens: lower --batch-size or --sequence-length"
+        )
 
 
 def _describe(rows: PackedRows, name: str, sequence_length: int, report: Report) -> None:
@@ -201,84 +259,6 @@ def _describe(rows: PackedRows, name: str, sequence_length: int, report: Report)
         f"{name}: {documents:,} documents, {tokens:,} tokens ({rows.supervised.mean():.0%} learned)"
         f"{in_rows if len(rows) < documents else ''}"
     )
-
-
-def _documents(
-    config: TrainingConfig, dataset: str, split: str, renderer: Renderer, report: Report
-) -> list[list[Sample]]:
-    """Every document as the pieces that it is trained in: all of a document's are on one side of a split."""
-    files = find_files(dataset, config.dataset_format, split)
-    if files is not None:
-        rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file, config.dataset_format))
-    else:
-        rows = (row for row, _ in hub_rows(config, dataset, split, None, streaming=False))
-    first, rows = peek(rows)
-    schema = _schema(config, first, dataset, report) if first else None
-    examples = within_limit(to_examples(rows, schema) if schema else rows, config.unreadable_share, report)
-    samples: list[Sample] = []
-    unusable: list[Unusable] = []
-    empty: list[Unusable] = []
-    total = 0
-    while chunk := list(islice(examples, 1000)):
-        total += len(chunk)
-        for result in renderer.examples(chunk):
-            if isinstance(result, Sample):
-                samples.append(result)
-            else:
-                (empty if result.kind == EMPTY_TEXT else unusable).append(result)
-    stop_on_unusable(unusable, total)
-    if not samples:
-        raise DataError(f"{dataset}: {f'all {total} texts in it are empty' if total else 'there are no rows in it'}")
-    if empty:
-        report(f"{len(empty)} of {total} texts are empty and left out; the first: {empty[0].origin}")
-    assert schema is not None
-    return _fit(samples, schema, config, dataset, report)
-
-
-def _schema(config: TrainingConfig, rows: list[Row], where: str, report: Report) -> Schema:
-    wanted = config.dataset_schema if isinstance(config, SFTConfig) else "text"
-    schema = detect_schema(rows, wanted, config.text_column, where)
-    for_the_other = ["text_column"] if schema.name != "text" else ["chat_template", "too_long"]
-    if given := config.changed_from_default(*(name for name in for_the_other if name in type(config).model_fields)):
-        raise DataError(
-            f"{where}: {', '.join(given)} would have no effect, because the data's schema is {schema.reason}"
-        )
-    unused = f"; columns not used: {', '.join(schema.unused_columns)}" if schema.unused_columns else ""
-    report(f"{where}: schema {schema.reason}{unused}")
-    return schema
-
-
-def _fit(
-    samples: list[Sample], schema: Schema, config: TrainingConfig, name: str, report: Report
-) -> list[list[Sample]]:
-    """Texts are cut into pieces of sequence_length; for conversations, too_long decides."""
-    limit = config.sequence_length
-    if schema.name == "text" or not isinstance(config, SFTConfig):
-        return [pieces(sample, limit) for sample in samples]
-    too_long = [sample for sample in samples if len(sample.tokens) > limit]
-    if not too_long:
-        return [[sample] for sample in samples]
-    found = f"{name}: {len(too_long):,} of {len(samples):,} conversations are longer than sequence_length {limit}"
-    found += f" (the longest has {max(len(sample.tokens) for sample in too_long):,} tokens)"
-    if config.too_long == "stop":
-        raise DataError(f"{found}: raise --sequence-length, or choose --too-long drop or truncate")
-    if config.too_long == "truncate":
-        cut = [Sample(sample.tokens[:limit], sample.supervised[:limit]) for sample in samples]
-        kept = [sample for sample in cut if sample.supervised[1:].any()]
-        report(f"{found}: cut off; {len(cut) - len(kept):,} of them had nothing left to learn and are left out")
-    else:
-        kept = [sample for sample in samples if len(sample.tokens) <= limit]
-        report(f"{found}: left out (too_long = 'drop')")
-    if not kept:
-        raise DataError(f"{found}: nothing is left to train on; raise --sequence-length")
-    return [[sample] for sample in kept]
-
-
-def pieces(sample: Sample, limit: int) -> list[Sample]:
-    """A text in pieces of at most limit tokens; a last piece of one token has nothing to predict and is left out."""
-    starts = range(0, len(sample.tokens), limit)
-    cut = [Sample(sample.tokens[start : start + limit], sample.supervised[start : start + limit]) for start in starts]
-    return [piece for piece in cut if len(piece.tokens) > 1]
 
 
 def check_data_settings(config: TrainingConfig) -> None:

@@ -47,3 +47,29 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
                 rows_with_space.setdefault(left, []).append(taken)
                 spaces |= 1 << left
     return rows
+
+
+def count_rows(lengths: NDArray[np.int64], capacity: int) -> int:
+    """How many rows pack() fills, without saying which: rows with the same space left are then one number."""
+    rows_with_space: dict[int, int] = {}
+    spaces = rows = 0
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        count = int(counts[length])
+        while count:
+            fitting = spaces >> length
+            space = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            copies = min(space // length, count)
+            taken = count // copies
+            if fitting:
+                taken = min(taken, rows_with_space[space])
+                rows_with_space[space] -= taken
+                if not rows_with_space[space]:
+                    spaces &= ~(1 << space)
+            else:
+                rows += taken
+            count -= taken * copies
+            if left := space - copies * length:
+                rows_with_space[left] = rows_with_space.get(left, 0) + taken
+                spaces |= 1 << left
+    return rows

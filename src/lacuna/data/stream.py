@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer, Sample, Unusable
+from lacuna.data.documents import Report, pieces
 from lacuna.data.formats import Broken, Row, Text, find_files, read_file, within_limit
 from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
-from lacuna.data.loader import Batch, PackedRows, Place, Position, Report, pack_samples, pieces, row_order
+from lacuna.data.loader import Batch, PackedRows, Place, Position, pack_samples, row_order
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
@@ -144,7 +145,7 @@ def _stream_examples(config: PretrainConfig, state: Any, report: Report) -> Iter
     if files is not None:
         rows = _file_rows(files, config.dataset_format, state)
     else:
-        rows = hub_rows(config, config.dataset, config.dataset_split, state, streaming=True)
+        rows = hub_rows(config.dataset_subset, config.dataset, config.dataset_split, state, streaming=True)
     schema: Schema | None = None
 
     def converted() -> Iterator[tuple[Text, Callable[[], Any]] | Broken]:

@@ -20,6 +20,22 @@ CONTEXT = {"cuda": 0.75 * GIB, "mps": 0.5 * GIB, "cpu": 0.0}
 SAME_INPUT = (PROJECTIONS[:3], PROJECTIONS[3:4], PROJECTIONS[4:6], PROJECTIONS[6:])
 """Projections that read the same tensor."""
 
+FULL_TRANSIENT = {False: (7.0, 8.0), True: (5.0, 3.6)}
+ADAPTER_TRANSIENT = {
+    (False, None, True, True): (15.0, 4.0), (False, None, True, False): (2.5, 12.2),
+    (False, None, False, True): (2.0, 8.2), (False, None, False, False): (2.5, 12.0),
+    (True, None, True, True): (14.0, 9.3), (True, None, True, False): (4.0, 6.4),
+    (True, None, False, True): (14.0, 5.4), (True, None, False, False): (4.0, 6.2),
+    (False, 4, True, True): (18.0, 4.0), (False, 4, True, False): (2.5, 12.2),
+    (False, 4, False, True): (6.0, 8.0), (False, 4, False, False): (5.0, 11.2),
+    (True, 4, True, True): (19.0, 0.8), (True, 4, True, False): (3.0, 6.3),
+    (True, 4, False, True): (7.5, 4.0), (True, 4, False, False): (9.0, 4.3),
+    (True, 8, True, True): (20.0, 4.2), (True, 8, True, False): (5.0, 6.4),
+    (True, 8, False, True): (14.0, 9.0), (True, 8, False, False): (10.0, 5.2),
+}  # fmt: skip
+"""Bytes of a token that a layer's backward pass takes for a while, for each unit of hidden size and of MLP width, as
+fitted to traces: by bf16; by bf16, bits, dropout, and whether a projection of the MLP has an adapter."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -123,8 +139,143 @@ def _adapter_kept(shape: ModelShape, step: Step, adapter: Adapter) -> float:
         kept += (noise + width) * sum(inputs.values())
     elif casts:
         kept += width * sum(inputs.values())
-    if adapter.bits == 8 or not adapter.dropout and not casts:
+    if adapter.bits == 8:
+        kept += width * (2 * shape.hidden + shape.mlp)
+    elif not adapter.dropout and not casts:
+        groups = [group for group in SAME_INPUT if not set(group).isdisjoint(inputs)]
         is_eager = step.attention == "eager"
-        shared = [set(group) & set(inputs) for group in SAME_INPUT]
-        kept += sum(width * shape.widths[group.pop()][0] for group in shared if group and (is_eager or group != {"o_proj"}))
+        kept += sum(width * shape.widths[group[0]][0] for group in groups if is_eager or group != ("o_proj",))
     return kept
+
+
+def step_memory(shape: ModelShape, step: Step) -> dict[str, float]:
+    """Bytes at the peak of an optimizer step in one process, by what takes them."""
+    fixed = _fixed(shape, step)
+    moments = [_at_loss(shape, step), _in_backward(shape, step)]
+    if not step.accumulates:
+        of_head = 0.0 if step.adapter else 4.0 * shape.embedding / step.processes
+        moments[0]["gradients"], moments[1]["gradients"] = -fixed["gradients"], of_head - fixed["gradients"]
+        moments.append(_at_first_layer(shape, step))
+    if step.adapter is None:
+        moments.append(_at_embedding(shape, step))
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    names = [*fixed, *(name for name in peak if name not in fixed)]
+    return {name: fixed.get(name, 0.0) + peak.get(name, 0.0) for name in names}
+
+
+def total(shape: ModelShape, step: Step) -> float:
+    """Bytes at the peak of an optimizer step in one process."""
+    return sum(step_memory(shape, step).values())
+
+
+def trained_parameters(shape: ModelShape, adapter: Adapter | None) -> int:
+    return shape.parameters if adapter is None else shape.adapter_parameters(adapter.rank, adapter.targets)
+
+
+def _fixed(shape: ModelShape, step: Step) -> dict[str, float]:
+    """What is there all the time."""
+    trained = trained_parameters(shape, step.adapter) / (1 if step.adapter else step.processes)
+    weights = 4.0 * trained
+    if step.adapter:
+        matrices = shape.layers * shape.block_matrices
+        bits = step.adapter.bits
+        each = QUANTISED_BYTES[bits, step.adapter.double] if bits else step.width
+        weights += each * matrices + step.width * (shape.parameters - matrices)
+    copies = 2 if step.adapter and step.processes > 1 else 1
+    inputs = step.tokens * (32 + 2 * shape.head_dimension * (step.width if step.adapter else 4))
+    if step.attention != "flash_attention_2":
+        inputs += step.tokens * step.length
+    return {
+        "weights": weights + _gathered(shape, step),
+        "gradients": 4.0 * trained * copies,
+        "optimizer": 8.0 * trained,
+        "inputs": float(inputs),
+        "framework": float(CONTEXT[step.device]),
+    }
+
+
+def _gathered(shape: ModelShape, step: Step) -> float:
+    """Of weights that are split among processes, those that are there whole for a while: embeddings and head, a layer
+    and the next one, and a layer's gradients on their way."""
+    if step.adapter or step.processes == 1:
+        return 0.0
+    root = (1 if shape.tied else 2) * shape.embedding
+    layer = shape.block_matrices + shape.block_vectors
+    return step.width * (root + 2.0 * layer) + (step.width + 4.0) * layer
+
+
+def _stream(shape: ModelShape, step: Step) -> float:
+    """Bytes of the residual stream; without an adapter it is in fp32 under autocast too."""
+    return float(step.tokens * shape.hidden * (step.width if step.adapter else 4))
+
+
+def _casts(shape: ModelShape, step: Step) -> float:
+    """Bytes of a layer's trained weights in bf16, which autocast makes of them."""
+    if not step.bf16 or (step.adapter is None and step.processes > 1):
+        return 0.0
+    if step.adapter is None:
+        return 2.0 * shape.block_matrices
+    return 2.0 * trained_parameters(shape, step.adapter) / shape.layers
+
+
+def _layers(shape: ModelShape, step: Step, in_backward: bool) -> float:
+    """Bytes that are kept of all layers; of one in its backward pass all, where the others keep their inputs only.
+
+    bitsandbytes keeps the inputs of 8-bit products where checkpointing does not see them.
+    # ref: bitsandbytes/autograd/_functions.py, ctx.tensors
+    """
+    layer = kept_of_layer(shape, step) + _casts(shape, step)
+    if not step.checkpointing:
+        return shape.layers * layer
+    others = _stream(shape, step)
+    if step.adapter and step.adapter.bits == 8:
+        others += step.width * step.tokens * (2 * shape.hidden + shape.attention + shape.mlp)
+    return shape.layers * others + (layer if in_backward else 0.0)
+
+
+def _at_loss(shape: ModelShape, step: Step) -> dict[str, float]:
+    """What a step has on top at the end of its forward pass."""
+    stream = _stream(shape, step)
+    chunk = chunk_of(step, shape.vocabulary) * shape.vocabulary
+    head = 0.0 if step.adapter else shape.embedding * (8.0 if step.bf16 else 4.0)
+    of_norm = 4.0 * step.tokens * shape.hidden if step.adapter else stream
+    return {
+        "activations": _layers(shape, step, in_backward=False) + stream + of_norm,
+        "logits and loss": chunk * (4.0 + (2.0 if step.bf16 else 0.0)) + head + 3 * stream,
+    }
+
+
+def _in_backward(shape: ModelShape, step: Step) -> dict[str, float]:
+    return {"activations": _layers(shape, step, in_backward=True) + _transient(shape, step)}
+
+
+def _at_embedding(shape: ModelShape, step: Step) -> dict[str, float]:
+    """At the end of the backward pass, where the embedding's gradient is made before it is added to another."""
+    is_added = step.accumulates or shape.tied
+    return {"activations": 3 * _stream(shape, step), "logits and loss": 4.0 * shape.embedding * is_added}
+
+
+def _at_first_layer(shape: ModelShape, step: Step) -> dict[str, float]:
+    """In the backward pass of the first layer, where gradients were not there before."""
+    alone = replace(step, checkpointing=False)
+    layer = _layers(replace(shape, layers=1), alone, in_backward=True)
+    return {"activations": layer + _transient(shape, step)}
+
+
+def _transient(shape: ModelShape, step: Step) -> float:
+    """Bytes that come and go in a layer's backward pass, at their most."""
+    adapter, tokens = step.adapter, step.tokens
+    if adapter is None:
+        candidates = [FULL_TRANSIENT[step.bf16]]
+        if step.bf16 and shape.norms_twice:
+            candidates.append((21.0, 0.0))
+        if step.bf16 and not step.checkpointing:
+            candidates.append((26.0, 0.0))
+    else:
+        adapts_mlp = not set(PROJECTIONS[4:]).isdisjoint(adapter.targets)
+        candidates = [ADAPTER_TRANSIENT[step.bf16, adapter.bits, adapter.dropout, adapts_mlp]]
+    most = max(hidden * shape.hidden + mlp * shape.mlp for hidden, mlp in candidates)
+    if step.attention == "eager":
+        scores = (6 if step.bf16 else 8) * shape.heads * step.length
+        most = max(most, scores - 16 * shape.hidden - 4 * step.width * shape.mlp)
+    return float(tokens * most)

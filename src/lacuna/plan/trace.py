@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, TaskType
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -77,22 +78,33 @@ class _PackedProduct(torch.autograd.Function):
         return gradients[0] @ gradients[0].new_empty(ctx.shape), None, None
 
 
-class _QuantisedAdapter(nn.Module):
-    """A projection as PEFT has it over bitsandbytes', whose own tensors cannot be fake."""
+class _Quantised(nn.Module):
+    """A projection of bitsandbytes, whose own tensors cannot be fake."""
 
-    def __init__(self, adapted: Any, dropout: bool, bits: int, double: bool) -> None:
+    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
         super().__init__()
-        outputs, inputs = adapted.base_layer.weight.shape
-        size = int(QUANTISED_BYTES[bits, double] * outputs * inputs)
+        self.bits = adapter.bits or 4
+        self.shape = (linear.out_features, linear.in_features)
+        size = int(QUANTISED_BYTES[self.bits, adapter.double] * linear.weight.numel())
         self.packed = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
-        self.shape = (outputs, inputs)
-        self.bits = bits
-        self.first, self.second = adapted.lora_A["default"], adapted.lora_B["default"]
-        self.dropout = nn.Dropout(0.05 if dropout else 0.0)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        product = _PackedProduct.apply(inputs, self.shape, self.bits == 8)
-        result = product.clone() if self.bits == 4 else product
+        product: Tensor = _PackedProduct.apply(inputs, self.shape, self.bits == 8)
+        return product
+
+
+class _QuantisedAdapter(nn.Module):
+    """One with an adapter, as PEFT has it. # ref: peft/tuners/lora/bnb.py"""
+
+    def __init__(self, adapted: Any, adapter: Adapter) -> None:
+        super().__init__()
+        self.base = _Quantised(adapted.base_layer, adapter)
+        self.first, self.second = adapted.lora_A["default"], adapted.lora_B["default"]
+        self.dropout = nn.Dropout(0.05 if adapter.dropout else 0.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        product = self.base(inputs)
+        result: Tensor = product.clone() if self.base.bits == 4 else product
         return result + self.second(self.first(self.dropout(inputs))) * 2.0
 
 
@@ -150,7 +162,7 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
         _fill(model)
         causal_lm.tie_weights()
         if step.adapter and step.adapter.bits:
-            _quantise(model, step.adapter)
+            _quantise(causal_lm, step.adapter)
         weights = tracker.live
         if step.checkpointing:
             causal_lm.activation_checkpointing_enable()
@@ -180,12 +192,14 @@ def _fill(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _quantise(model: nn.Module, adapter: Adapter) -> None:
-    bits = adapter.bits or 4
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if hasattr(module, "lora_A"):
-                setattr(parent, name, _QuantisedAdapter(module, adapter.dropout, bits, adapter.double))
+def _quantise(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
+    for block in transformer_blocks(causal_lm):
+        for parent in list(block.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, LoraLayer):
+                    setattr(parent, name, _QuantisedAdapter(module, adapter))
+                elif isinstance(module, nn.Linear):
+                    setattr(parent, name, _Quantised(module, adapter))
 
 
 def _two_steps(

@@ -44,6 +44,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     weight_gradient.addmm_(gradient.T, rows)
                 elif weight_gradient is not None:
                     weight_gradient += gradient.T @ rows
+                del logits, gradient
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
         return loss * scale

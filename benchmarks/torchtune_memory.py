@@ -1,0 +1,123 @@
+"""The plan of torchtune's memory beside a trace of the real step, for families, methods, lengths and settings.
+
+Run it with lacuna's Python where torchtune's environment can be found (`make torchtune`); it takes some minutes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lacuna.experiment.torchtune import Environment, need_environment
+from lacuna.plan.torchtune import CONTEXT, torchtune_memory
+from lacuna.plan.torchtune_model import model_of
+
+TRACE = Path(__file__).with_name("torchtune_trace.py")
+MIB = 2**20
+SHAPES = {
+    "llama3_2": dict(vocab_size=128256, num_heads=32, num_kv_heads=8, embed_dim=2048, intermediate_dim=8192),
+    "llama3_1": dict(vocab_size=128256, num_heads=32, num_kv_heads=8, embed_dim=4096, intermediate_dim=14336),
+    "llama2": dict(vocab_size=32000, num_heads=32, num_kv_heads=32, embed_dim=4096),
+    "mistral": dict(vocab_size=32000, num_heads=32, num_kv_heads=8, embed_dim=4096, intermediate_dim=14336),
+    "qwen2": dict(vocab_size=151936, num_heads=14, num_kv_heads=2, embed_dim=896, intermediate_dim=4864),
+    "gemma": dict(
+        vocab_size=256000, num_heads=8, head_dim=256, num_kv_heads=1, embed_dim=2048, intermediate_dim=16384
+    ),
+    "gemma2": dict(
+        vocab_size=256000, num_heads=8, head_dim=256, num_kv_heads=4, embed_dim=2304, intermediate_dim=9216
+    ),
+    "phi3": dict(vocab_size=32064, num_heads=32, num_kv_heads=32, embed_dim=3072, intermediate_dim=8192),
+}
+LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32}
+ALL = {**LORA, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"]}
+ATTENTION = {**LORA, "apply_lora_to_mlp": False}
+CHECKPOINTING = {"enable_activation_checkpointing": True}
+CASES: list[tuple[str, dict[str, Any] | None, int, dict[str, Any]]] = [
+    ("llama3_2", None, 512, {}),
+    ("llama3_2", None, 2048, {}),
+    ("llama3_2", None, 512, CHECKPOINTING),
+    ("llama3_2", None, 4096, CHECKPOINTING),
+    ("llama3_2", LORA, 1024, {}),
+    ("llama3_2", LORA, 4096, CHECKPOINTING),
+    ("llama3_2", ALL, 1024, {"batch_size": 8, "gradient_accumulation_steps": 2, **CHECKPOINTING}),
+    ("llama3_2", None, 1024, {"optimizer_in_bwd": True, **CHECKPOINTING}),
+    ("llama3_2", None, 1024, {"gradient_accumulation_steps": 2}),
+    ("llama3_2", None, 1024, {"dtype": "fp32", **CHECKPOINTING}),
+    ("llama3_2", LORA, 1024, {"loss": {"_component_": "torch.nn.CrossEntropyLoss"}}),
+    ("llama3_2", None, 1024, {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-4, "momentum": 0.9}}),
+    ("llama3_1", None, 2048, CHECKPOINTING),
+    ("llama3_1", ALL, 4096, CHECKPOINTING),
+    ("llama3_1", {**ALL, "quantize_base": True}, 512, CHECKPOINTING),
+    ("llama3_1", {**ALL, "quantize_base": True}, 4096, CHECKPOINTING),
+    ("llama3_1", {**ALL, "quantize_base": True}, 1024, {}),
+    ("llama3_1", {**LORA, "use_dora": True}, 1024, CHECKPOINTING),
+    ("llama3_1", {**LORA, "use_dora": True}, 1024, {}),
+    ("llama2", None, 1024, {}),
+    ("llama2", ATTENTION, 4096, CHECKPOINTING),
+    ("llama2", LORA, 2048, {"dataset": {"packed": True}}),
+    ("llama2", None, 4096, {"optimizer_in_bwd": True, **CHECKPOINTING}),
+    ("mistral", ATTENTION, 1024, {}),
+    ("mistral", {**LORA, "apply_lora_to_output": True}, 2048, CHECKPOINTING),
+    ("qwen2", None, 2048, {}),
+    ("qwen2", LORA, 2048, {"dataset": {"packed": True}}),
+    ("gemma", None, 1024, CHECKPOINTING),
+    ("gemma", LORA, 1024, {}),
+    ("gemma2", None, 1024, {}),
+    ("gemma2", LORA, 2048, {}),
+    ("gemma2", LORA, 2048, CHECKPOINTING),
+    ("phi3", None, 2048, {}),
+    ("phi3", LORA, 2048, CHECKPOINTING),
+]  # fmt: skip
+"""Component builder, adapters, length, and what differs from the usual settings."""
+
+
+def config_of(builder: str, adapters: dict[str, Any] | None, length: int, settings: dict[str, Any]) -> dict[str, Any]:
+    name = f"lora_{builder}" if adapters else builder
+    tied = {"tie_word_embeddings": True} if builder == "qwen2" else {}
+    shape = {**SHAPES[builder], "num_layers": 4, "max_seq_len": 8192, **tied}
+    return {
+        "model": {"_component_": f"torchtune.models.{builder}.{name}", **shape, **(adapters or {})},
+        "batch_size": 2,
+        "length": length,
+        "dtype": "bf16",
+        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "lr": 1e-4},
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        **settings,
+    }
+
+
+def recipe_of(config: dict[str, Any]) -> str:
+    return f"{'lora' if 'lora' in config['model']['_component_'] else 'full'}_finetune_single_device"
+
+
+def planned(environment: Environment, config: dict[str, Any]) -> float:
+    """Bytes, less the constant for what is no tensor."""
+    model = model_of(config, recipe_of(config), environment)
+    assert not isinstance(model, str), model
+    memory = torchtune_memory(model, config, recipe_of(config), 1, config["length"])
+    assert not isinstance(memory, str), memory
+    return sum(memory.values()) - CONTEXT
+
+
+def traced(environment: Environment, configs: list[dict[str, Any]]) -> list[int]:
+    request = json.dumps({"traces": configs})
+    answer = subprocess.run([environment.python, str(TRACE)], input=request, stdout=subprocess.PIPE, text=True)
+    answer.check_returncode()
+    found: list[int] = json.loads(answer.stdout)["traces"]
+    return found
+
+
+def main() -> None:
+    environment = need_environment(None)
+    configs = [config_of(*case) for case in CASES]
+    print("| builder | method | tokens | settings | traced MiB | planned MiB | planned / traced |\n|---|---|---|---|---|---|---|")
+    for (builder, adapters, length, settings), config, truth in zip(CASES, configs, traced(environment, configs), strict=True):
+        plan = planned(environment, config)
+        method = ", ".join(f"{key} {value}" for key, value in (adapters or {"full": ""}).items() if key not in ("lora_rank", "lora_alpha"))
+        given = ", ".join(f"{key} {value}" for key, value in settings.items())
+        print(f"| {builder} | {method} | {config['batch_size']} × {length} | {given} | {truth / MIB:.0f} | {plan / MIB:.0f} | {plan / truth:.3f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,23 +15,17 @@ from lacuna.plan.torchtune_model import model_of
 
 TRACE = Path(__file__).with_name("torchtune_trace.py")
 MIB = 2**20
+NUMBERS = ("vocab_size", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "head_dim")
 SHAPES = {
-    "llama3_2": dict(vocab_size=128256, num_heads=32, num_kv_heads=8, embed_dim=2048, intermediate_dim=8192),
-    "llama3_1": dict(vocab_size=128256, num_heads=32, num_kv_heads=8, embed_dim=4096, intermediate_dim=14336),
-    "llama2": dict(vocab_size=32000, num_heads=32, num_kv_heads=32, embed_dim=4096),
-    "mistral": dict(vocab_size=32000, num_heads=32, num_kv_heads=8, embed_dim=4096, intermediate_dim=14336),
-    "qwen2": dict(vocab_size=151936, num_heads=14, num_kv_heads=2, embed_dim=896, intermediate_dim=4864),
-    "gemma": dict(
-        vocab_size=256000, num_heads=8, head_dim=256, num_kv_heads=1, embed_dim=2048, intermediate_dim=16384
-    ),
-    "gemma2": dict(
-        vocab_size=256000, num_heads=8, head_dim=256, num_kv_heads=4, embed_dim=2304, intermediate_dim=9216
-    ),
-    "phi3": dict(vocab_size=32064, num_heads=32, num_kv_heads=32, embed_dim=3072, intermediate_dim=8192),
-}
+    "llama3_2": (128256, 32, 8, 2048, 8192), "llama3_1": (128256, 32, 8, 4096, 14336), "llama2": (32000, 32, 32, 4096),
+    "mistral": (32000, 32, 8, 4096, 14336), "qwen2": (151936, 14, 2, 896, 4864), "phi3": (32064, 32, 32, 3072, 8192),
+    "gemma": (256000, 8, 1, 2048, 16384, 256), "gemma2": (256000, 8, 4, 2304, 9216, 256),
+}  # fmt: skip
+"""Component builder → its numbers, of the smallest model that torchtune ships."""
 LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "lora_rank": 16, "lora_alpha": 32}
 ALL = {**LORA, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"]}
 ATTENTION = {**LORA, "apply_lora_to_mlp": False}
+SHORT = {str(ALL["lora_attn_modules"]): "qkvo", str(LORA["lora_attn_modules"]): "qv"}
 CHECKPOINTING = {"enable_activation_checkpointing": True}
 CASES: list[tuple[str, dict[str, Any] | None, int, dict[str, Any]]] = [
     ("llama3_2", None, 512, {}),
@@ -68,6 +62,9 @@ CASES: list[tuple[str, dict[str, Any] | None, int, dict[str, Any]]] = [
     ("gemma2", LORA, 2048, CHECKPOINTING),
     ("phi3", None, 2048, {}),
     ("phi3", LORA, 2048, CHECKPOINTING),
+    ("llama2", {**LORA, "use_dora": True}, 2048, CHECKPOINTING),
+    ("llama2", {**LORA, "lora_dropout": 0.1}, 2048, CHECKPOINTING),
+    ("phi3", {**ALL, "quantize_base": True}, 256, {}),
 ]  # fmt: skip
 """Component builder, adapters, length, and what differs from the usual settings."""
 
@@ -75,7 +72,7 @@ CASES: list[tuple[str, dict[str, Any] | None, int, dict[str, Any]]] = [
 def config_of(builder: str, adapters: dict[str, Any] | None, length: int, settings: dict[str, Any]) -> dict[str, Any]:
     name = f"lora_{builder}" if adapters else builder
     tied = {"tie_word_embeddings": True} if builder == "qwen2" else {}
-    shape = {**SHAPES[builder], "num_layers": 4, "max_seq_len": 8192, **tied}
+    shape = {**dict(zip(NUMBERS, SHAPES[builder], strict=False)), "num_layers": 4, "max_seq_len": 8192, **tied}
     return {
         "model": {"_component_": f"torchtune.models.{builder}.{name}", **shape, **(adapters or {})},
         "batch_size": 2,
@@ -111,12 +108,21 @@ def traced(environment: Environment, configs: list[dict[str, Any]]) -> list[int]
 def main() -> None:
     environment = need_environment(None)
     configs = [config_of(*case) for case in CASES]
-    print("| builder | method | tokens | settings | traced MiB | planned MiB | planned / traced |\n|---|---|---|---|---|---|---|")
-    for (builder, adapters, length, settings), config, truth in zip(CASES, configs, traced(environment, configs), strict=True):
-        plan = planned(environment, config)
-        method = ", ".join(f"{key} {value}" for key, value in (adapters or {"full": ""}).items() if key not in ("lora_rank", "lora_alpha"))
-        given = ", ".join(f"{key} {value}" for key, value in settings.items())
-        print(f"| {builder} | {method} | {config['batch_size']} × {length} | {given} | {truth / MIB:.0f} | {plan / MIB:.0f} | {plan / truth:.3f} |")
+    print("| builder | adapters | tokens | settings | traced MiB | planned / traced |\n|---|---|---|---|---|---|")
+    for case, config, truth in zip(CASES, configs, traced(environment, configs), strict=True):
+        builder, adapters, length, settings = case
+        tokens = f"{config['batch_size']} × {length}"
+        share = planned(environment, config) / truth
+        print(f"| {builder} | {spell(adapters)} | {tokens} | {spell(settings)} | {truth / MIB:.0f} | {share:.3f} |")
+
+
+def spell(settings: dict[str, Any] | None) -> str:
+    """`full` for no adapters; else the settings that are not the same everywhere."""
+    if settings is None:
+        return "full"
+    names = {"lora_attn_modules": "attn", "apply_lora_to_mlp": "mlp", "apply_lora_to_output": "output"}
+    kept = {key: value for key, value in settings.items() if key not in ("lora_rank", "lora_alpha", "batch_size")}
+    return ", ".join(f"{names.get(key, key)} {SHORT.get(str(value), value)}" for key, value in kept.items())
 
 
 if __name__ == "__main__":

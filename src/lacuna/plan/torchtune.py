@@ -1,4 +1,4 @@
-"""What a torchtune run takes: memory at the peak of a step, files of its checkpoints, tokens and steps.
+"""What a torchtune run takes: memory at the peak of a step, and the files of its checkpoints.
 
 Every number is of one GPU. The sizes follow what autograd keeps in torchtune 0.6.1's own modules; a trace of the real
 step under fake tensors proves them (benchmarks/torchtune_memory.py).
@@ -171,7 +171,7 @@ def _resident(model: TorchtuneModel, step: Step) -> Sizes:
         of_layer = (weights - width * (shape.parameters - shape.layers * _block(model))) / shape.layers
         gathered = outer + of_layer * (2 if step.reshards else shape.layers)
     return {
-        "weights": weights * sharded + 4 * model.longest * model.rope,
+        "weights": weights * sharded + 4 * model.longest * model.rope * model.rope_tables,
         "gathered by FSDP": gathered,
         "optimizer": step.state_bytes * model.trainable * sharded,
         "framework": CONTEXT,
@@ -238,3 +238,35 @@ def _kept_outside(model: TorchtuneModel, step: Step) -> float:
     if model.is_full or model.head_adapter:
         kept += step.width * (shape.hidden + model.rank)
     return kept + (step.width * shape.hidden if shape.family == "gemma2" else 0)
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Bytes that a run writes below its output_dir."""
+
+    epoch: float
+    """In each epoch's folder, all of which stay."""
+    recipe_state: float
+    """One file, overwritten by every epoch but the last, that resuming needs."""
+    whole_run: float
+
+
+def checkpoint_sizes(model: TorchtuneModel, config: Mapping[str, Any], recipe: str) -> CheckpointSizes | str:
+    """Full weights in the config's dtype, adapters beside them, the optimizer's states between epochs.
+
+    The small files that torchtune copies from checkpoint_dir into every epoch's folder are not among them.
+    """
+    step, epochs = _step(config, recipe, 1, 1), config.get("epochs")
+    if isinstance(step, str):
+        return step
+    if type(epochs) is not int:
+        return f"epochs is {epochs!r}, no whole number"
+    if config.get("enable_async_checkpointing") is True:
+        return "the size of asynchronous checkpoints is not planned"
+    kind = str(get(config, "checkpointer._component_"))
+    is_phi = str(get(config, "checkpointer.model_type")).startswith("PHI")
+    copies = 2 if kind.endswith("HFCheckpointer") and not is_phi else 1
+    weights = 0 if config.get("save_adapter_weights_only") is True else model.shape.parameters
+    epoch = float(step.width * (weights + copies * model.adapter_parameters))
+    state = step.state_bytes * model.trainable if epochs > 1 else 0.0
+    return CheckpointSizes(epoch, state, epochs * epoch + state)

@@ -15,7 +15,9 @@ FAMILIES = {
 }  # fmt: skip
 """torchtune's component builders of plain decoders → how a layer is built."""
 WIDE_ROPE = ("phi3", "qwen2")
-"""Builders whose rotary embedding keeps cosines and sines for the whole head, not for half of it."""
+"""Builders whose table of rotary angles is for the whole head, not for half of it."""
+ONE_ROPE = ("llama3_1", "llama3_2")
+"""Builders whose layers share that table with adapters too; in the others each layer has its own then."""
 RECIPES = (
     "full_finetune_single_device", "full_finetune_distributed",
     "lora_finetune_single_device", "lora_finetune_distributed",
@@ -27,12 +29,16 @@ MLP = PROJECTIONS[4:]
 
 @dataclass(frozen=True)
 class TorchtuneModel:
-    """adapters: projections with one. rope: floats of its table for a position of the longest sequence."""
+    """A plain decoder, with what LoRA adds."""
 
     shape: ModelShape
     longest: int
+    """Positions that the rotary embedding has angles for."""
     rope: int
+    """Floats of a position in its table."""
+    rope_tables: int = 1
     adapters: tuple[str, ...] = ()
+    """Projections with one."""
     head_adapter: bool = False
     rank: int = 0
     dropout: bool = False
@@ -95,9 +101,9 @@ def _model(builder: str, values: Mapping[str, Any], is_lora: bool) -> TorchtuneM
     adapters += MLP if values.get("apply_lora_to_mlp") else ()
     is_quantised = bool(values.get("quantize_base"))
     return TorchtuneModel(
-        shape, values["max_seq_len"], rope, adapters, bool(values.get("apply_lora_to_output")), values["lora_rank"],
-        values.get("lora_dropout", 0) > 0, bool(values.get("use_dora")),
-        (adapters if builder == "qwen2" else PROJECTIONS) if is_quantised else (),
+        shape, values["max_seq_len"], rope, 1 if builder in ONE_ROPE else shape.layers, adapters,
+        bool(values.get("apply_lora_to_output")), values["lora_rank"], values.get("lora_dropout", 0) > 0,
+        bool(values.get("use_dora")), (adapters if builder == "qwen2" else PROJECTIONS) if is_quantised else (),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Run it with lacuna's Python where torchtune's environment can be found (`make to
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from lacuna.experiment.torchtune import Environment, need_environment
 from lacuna.plan.torchtune import CONTEXT, torchtune_memory
-from lacuna.plan.torchtune_model import model_of
+from lacuna.plan.torchtune_model import RECIPES, TorchtuneModel, model_of
 
 TRACE = Path(__file__).with_name("torchtune_trace.py")
 MIB = 2**20
@@ -97,19 +98,39 @@ def planned(environment: Environment, config: dict[str, Any]) -> float:
     return sum(memory.values()) - CONTEXT
 
 
-def traced(environment: Environment, configs: list[dict[str, Any]]) -> list[int]:
-    request = json.dumps({"traces": configs})
-    answer = subprocess.run([environment.python, str(TRACE)], input=request, stdout=subprocess.PIPE, text=True)
-    answer.check_returncode()
-    found: list[int] = json.loads(answer.stdout)["traces"]
+def ask(environment: Environment, **request: list[Any]) -> dict[str, list[Any]]:
+    words = [environment.python, str(TRACE)]
+    answer = subprocess.run(words, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, list[Any]] = json.loads(answer.stdout)
+    return found
+
+
+def builders(environment: Environment) -> list[tuple[str, dict[str, Any], TorchtuneModel]]:
+    """Every model builder of a plain decoder, those with adapters twice, with arguments and what the plan reads."""
+    found = []
+    for file in sorted((environment.packages / "torchtune" / "models").glob("*/_model_builders.py")):
+        for name in re.findall(r"^(?:def )?(\w+)(?:\(| = )", file.read_text(encoding="utf-8"), re.MULTILINE):
+            few = {"lora_attn_modules": ["q_proj", "output_proj"]} if "lora" in name else {}
+            few |= {"quantize_base": False} if name.startswith("qlora") else {}
+            more = {**few, "apply_lora_to_mlp": True, "lora_rank": 24}
+            for arguments in (few, more) if few else (few,):
+                section = {"_component_": f"torchtune.models.{file.parent.name}.{name}", **arguments}
+                model = model_of({"model": section}, RECIPES[2 if few else 0], environment)
+                if isinstance(model, TorchtuneModel):
+                    found.append((section["_component_"], arguments, model))
     return found
 
 
 def main() -> None:
     environment = need_environment(None)
     configs = [config_of(*case) for case in CASES]
+    built = builders(environment)
+    counted = ask(environment, builds=[(component, arguments) for component, arguments, _ in built])["builds"]
+    planned_counts = [[m.shape.parameters + m.adapter_parameters, m.trainable] for _, _, m in built]
+    equal = sum(ours == theirs for ours, theirs in zip(planned_counts, counted, strict=True))
+    print(f"{equal} of {len(built)} builds have the planned parameters, in all and trained.\n")
     print("| builder | adapters | tokens | settings | traced MiB | planned / traced |\n|---|---|---|---|---|---|")
-    for case, config, truth in zip(CASES, configs, traced(environment, configs), strict=True):
+    for case, config, truth in zip(CASES, configs, ask(environment, traces=configs)["traces"], strict=True):
         builder, adapters, length, settings = case
         tokens = f"{config['batch_size']} × {length}"
         share = planned(environment, config) / truth

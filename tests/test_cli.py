@@ -32,7 +32,8 @@ TORCH_FREE = [
     "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
     "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
     "lacuna.launch.child", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
-    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status",
+    "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
+    "lacuna.plan.torchtune_steps", "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 

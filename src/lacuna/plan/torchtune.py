@@ -77,6 +77,18 @@ def torchtune_memory(
     return step if isinstance(step, str) else max(_moments(model, step), key=lambda sizes: sum(sizes.values()))
 
 
+def assumptions(config: Mapping[str, Any], gpus: int) -> list[str]:
+    """Where the numbers of torchtune_memory are above the truth or are no tensors' sizes, as sentences."""
+    optimizer = str(get(config, "optimizer._component_")).rpartition(".")[2]
+    cases = {
+        "compile: true is planned as false, which takes more": config.get("compile") is True,
+        "ac_mode is planned as no checkpointing, which takes more": config.get("ac_mode") is not None,
+        f"{optimizer}'s states are planned on the GPU; they move to the host where it is full": "Paged" in optimizer,
+        "what FSDP gathers is arithmetic that no trace has proved": gpus > 1,
+    }
+    return [sentence for sentence, holds in cases.items() if holds]
+
+
 def _step(config: Mapping[str, Any], recipe: str, gpus: int, length: int) -> Step | str:
     optimizer, loss = (str(get(config, f"{section}._component_")) for section in ("optimizer", "loss"))
     width = {"bf16": 2, "fp16": 2, "fp32": 4}.get(str(config.get("dtype")))
@@ -111,7 +123,12 @@ def _step(config: Mapping[str, Any], recipe: str, gpus: int, length: int) -> Ste
 
 
 def _moments(model: TorchtuneModel, step: Step) -> Iterator[Sizes]:
-    """The sizes at each moment of a step that can be its peak."""
+    """The sizes at each moment of a step that can be its peak, in the step's order.
+
+    The end of the loss; the head's gradient, summed over the chunks; where there are DoRA's norms, their recomputation;
+    the last layer's way back, in its MLP and while a weight is turned back from NF4; the first layer's; the embedding's
+    gradient; the optimizer, where it is not fused.
+    """
     shape, width = model.shape, step.width
     logits = shape.vocabulary * step.tokens
     head = width * shape.embedding if model.is_full else 0
@@ -147,11 +164,12 @@ def _moments(model: TorchtuneModel, step: Step) -> Iterator[Sizes]:
     if model.dora:
         passing = step.tokens * width * (shape.mlp + 2 * shape.hidden)
         yield moment(before, kept + of_layer + passing + _norms_of_weights(model, step))
-    first = max(before, held / step.gpus) + unsharded
+    whole = held if step.gpus > 1 else 0
+    first = max(before, held - whole) + whole + unsharded
     yield moment(first, kept + of_layer + inputs + backward)
     yield moment(first, kept + of_layer + inputs, buffers=buffers)
     last = held if step.in_backward else gradients - (0 if before or not model.is_full else _ungrown(model, step))
-    yield moment(last + unsharded, inputs + layer + inputs + backward)
+    yield moment(last + whole + unsharded, inputs + layer + inputs + backward)
     summed = 3 if shape.tied else 1
     yield moment(gradients + head * (summed if before or step.in_backward else summed - 1), 0)
     if step.copies_gradients and not step.in_backward:

@@ -28,7 +28,7 @@ def count(tokenizer: Any, unlimited: Any, section: dict[str, Any]) -> dict[str, 
     for index in range(len(cut)):
         sample = cut[index]
         lengths.append(len(sample["tokens"]))
-        learned += sum(label != UNLEARNED for label in sample["labels"])
+        learned += sum(int(label != UNLEARNED) for label in sample["labels"])
         truncated += limit is not None and lengths[-1] >= limit - 1 and len(whole[index]["tokens"]) > lengths[-1]
     rows = len(lengths)
     if section.get("packed"):

@@ -66,7 +66,6 @@ def planned(
 
 CHECKPOINTING = {"enable_activation_checkpointing": True}
 TRACED = [
-    config("llama3_2"),
     config("llama3_2", **CHECKPOINTING, gradient_accumulation_steps=2),
     config("llama2", **CHECKPOINTING, optimizer_in_bwd=True),
     config("mistral", dtype="fp32", optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-4, "foreach": True}),
@@ -75,19 +74,17 @@ TRACED = [
     config("lora_phi3", {**QV, "use_dora": True}, **CHECKPOINTING),
     config("lora_qwen2", {**ALL, "lora_dropout": 0.1}, loss={"_component_": "torch.nn.CrossEntropyLoss"}),
     config("lora_gemma2", ALL),
-    config("gemma", **CHECKPOINTING),
 ]
-SMALLEST = (
-    "llama2.llama2_7b", "llama3.llama3_8b", "llama3_1.llama3_1_8b", "llama3_2.llama3_2_1b", "mistral.mistral_7b",
-    "phi3.phi3_mini", "qwen2.qwen2_7b", "qwen2_5.qwen2_5_0_5b", "gemma.gemma_2b", "gemma2.gemma2_2b",
-)  # fmt: skip
+for traced in TRACED:
+    traced["model"]["num_layers"] = 2
+SMALL = ("llama3_2.llama3_2_1b", "qwen2_5.qwen2_5_0_5b", "gemma2.gemma2_2b")
 ADAPTED = {"lora_attn_modules": ["q_proj", "output_proj"], "apply_lora_to_mlp": True, "use_dora": True, "lora_rank": 24}
 BUILT: list[tuple[str, dict[str, Any]]] = [
-    *((f"torchtune.models.{name}", {}) for name in SMALLEST),
+    *((f"torchtune.models.{name}", {}) for name in SMALL),
+    *((f"torchtune.models.{name}.{name}", {**SIZES, **HEAD.get(name, {})}) for name in FAMILIES),
     *((f"torchtune.models.{name}.lora_{name}", {**SIZES, **HEAD.get(name, {}), **ADAPTED, "lora_alpha": 1})
       for name in FAMILIES),
     ("torchtune.models.llama3.lora_llama3", {**SIZES, **QV, "apply_lora_to_output": True}),
-    ("torchtune.models.llama3_2.lora_llama3_2_1b", {"lora_attn_modules": ["k_proj"]}),
     ("torchtune.models.llama3_2.qlora_llama3_2_1b", {"lora_attn_modules": ["v_proj"], "quantize_base": False}),
 ]  # fmt: skip
 """benchmarks/torchtune_memory.py has all 157."""

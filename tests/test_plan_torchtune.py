@@ -68,8 +68,6 @@ CHECKPOINTING = {"enable_activation_checkpointing": True}
 TRACED = [
     config("llama3_2", **CHECKPOINTING, gradient_accumulation_steps=2),
     config("llama2", **CHECKPOINTING, optimizer_in_bwd=True),
-    config("mistral", dtype="fp32", optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-4, "foreach": True}),
-    config("lora_llama3", ALL, dataset={"packed": True}),
     config("lora_llama3_1", {**ALL, "quantize_base": True}, **CHECKPOINTING, length=16),
     config("lora_phi3", {**QV, "use_dora": True}, **CHECKPOINTING),
     config("lora_qwen2", {**ALL, "lora_dropout": 0.1}, loss={"_component_": "torch.nn.CrossEntropyLoss"}),

@@ -215,11 +215,16 @@ def validate(environment: Environment, runs: Sequence[Mapping[str, Any]]) -> lis
 
     runs: id, file, and `touched`, the paths that the user set. Raises ConfigError where that environment is broken.
     """
-    script = Path(__file__).with_name("torchtune_checks.py")
+    answer = ask(environment, Path(__file__).with_name("torchtune_checks.py"), {"runs": runs})
+    return [Problem(**problem) for problem in answer]
+
+
+def ask(environment: Environment, script: Path, request: Mapping[str, Any]) -> Any:
+    """What a script answers in torchtune's environment. Raises ConfigError where that is broken."""
     process = subprocess.run(
-        [environment.python, str(script)], input=json.dumps({"runs": runs}), capture_output=True, text=True, check=False
+        [environment.python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False
     )
     if process.returncode != 0:
         reason = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise ConfigError(f"torchtune's checks could not run with {environment.python}: {reason[0]}")
-    return [Problem(**problem) for problem in json.loads(process.stdout.splitlines()[-1])]
+        raise ConfigError(f"{script.name} could not run with {environment.python}: {reason[0]}")
+    return json.loads(process.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ Nothing here imports torch. The numbers of bytes are counts of the tensors that 
 counts them anew, and tests/test_plan_memory.py holds the two against each other.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lacuna.plan.shape import PROJECTIONS, ModelShape
@@ -246,13 +245,16 @@ def _at_loss(shape: ModelShape, step: Step) -> dict[str, float]:
 
 
 def _in_backward(shape: ModelShape, step: Step) -> dict[str, float]:
-    return {"activations": _layers(shape, step, in_backward=True) + _transient(shape, step)}
+    waiting = 4.0 * shape.embedding if shape.tied and step.adapter is None and step.accumulates else 0.0
+    layers = _layers(shape, step, in_backward=True)
+    return {"activations": layers + _transient(shape, step), "logits and loss": waiting}
 
 
 def _at_embedding(shape: ModelShape, step: Step) -> dict[str, float]:
-    """At the end of the backward pass, where the embedding's gradient is made before it is added to another."""
-    is_added = step.accumulates or shape.tied
-    return {"activations": 3 * _stream(shape, step), "logits and loss": 4.0 * shape.embedding * is_added}
+    """At the end of the backward pass, where the embedding's gradient is added to others: a tied head's, which has
+    waited for it, and that of earlier passes."""
+    waiting = 2 if shape.tied else int(step.accumulates)
+    return {"activations": 3 * _stream(shape, step), "logits and loss": 4.0 * shape.embedding * waiting}
 
 
 def _at_first_layer(shape: ModelShape, step: Step) -> dict[str, float]:

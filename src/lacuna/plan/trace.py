@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModelForCausalLM, TaskType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -154,7 +153,9 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
     short = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            short, dtype=dtype if step.adapter else torch.float32, attn_implementation="eager" if step.attention == "eager" else "sdpa"
+            short,
+            dtype=dtype if step.adapter else torch.float32,
+            attn_implementation="eager" if step.attention == "eager" else "sdpa",
         )
         model = _adapted(causal_lm, step.adapter) if step.adapter else causal_lm
     with FakeTensorMode(), MemoryTracker() as tracker:

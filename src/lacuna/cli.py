@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lacuna import __version__, cli_experiment, cli_platform
+from lacuna import __version__, cli_experiment, cli_plan, cli_platform
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
@@ -218,6 +218,7 @@ def _origin(name: str, origins: Mapping[str, Layer]) -> str:
 
 
 for around in (
+    cli_plan.plan,
     cli_experiment.generate,
     cli_experiment.recipes,
     cli_experiment.slurm,

@@ -8,44 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lacuna.data.collate import MicroBatch
+from lacuna.plan.flops import ModelFlops
 from lacuna.train.model import transformer_blocks
-
-
-@dataclass(frozen=True)
-class ModelFlops:
-    """The numbers of a model that decide its FLOPs."""
-
-    block_parameters: int
-    """Weights of the matrix products in all transformer blocks."""
-    head_parameters: int
-    """hidden size × vocabulary."""
-    all_parameters: int
-    layers: int
-    attention_width: int
-    """heads × head dimension."""
-    frozen_block_parameters: int = 0
-    """Of block_parameters, those that are not trained."""
-    is_head_frozen: bool = False
-
-    def training(self, tokens: int, targets: int, attention_pairs: int) -> int:
-        """FLOPs of a forward and backward pass that cannot be avoided; recomputation does not count.
-
-        A weight costs 2 FLOPs for each token forward and 4 backward, 2 where it is frozen; a query-key pair costs
-        4 × attention width forward (scores, then values) and twice that backward. The head is needed for supervised
-        tokens only. attention_pairs: of causal attention within documents, n(n+1)/2 for n tokens.
-        """
-        return (
-            (6 * self.block_parameters - 2 * self.frozen_block_parameters) * tokens
-            + (4 if self.is_head_frozen else 6) * self.head_parameters * targets
-            + 12 * self.layers * self.attention_width * attention_pairs
-        )
-
-    def palm(self, tokens: int, sequence_length: int) -> int:
-        """FLOPs as PaLM counts them: every parameter, full attention over the whole row.
-
-        # ref: Chowdhery et al. 2022, arXiv 2204.02311, appendix B
-        """
-        return tokens * (6 * self.all_parameters + 12 * self.layers * self.attention_width * sequence_length)
 
 
 def model_flops(model: PreTrainedModel, sequence_length: int) -> ModelFlops | None:

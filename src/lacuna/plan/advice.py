@@ -84,20 +84,23 @@ def savings(shape: ModelShape, step: Step, names: Names) -> str:
     return "; ".join(f"{text}: {size / GIB:.1f} GiB" for text, size in less if size < total(shape, step))
 
 
-def advise(shape: ModelShape, step: Step, memory: int | None, names: Names) -> list[str]:
-    """What would fit where the step does not, each in a sentence; or how much more would."""
+def advise(shape: ModelShape, step: Step, memory: int | None, names: Names, most: int) -> list[str]:
+    """What would fit where the step does not, each in a sentence; or how much more would.
+
+    most: rows of an optimizer step, more than which no forward pass can have.
+    """
     if memory is None:
         return []
     if fits(shape, step, memory):
-        return list(_more(shape, step, memory, names))
+        return list(_more(shape, step, memory, names, most))
     found = [f"would fit: {text}" for text, changed in changes(shape, step, names) if fits(shape, changed, memory)]
     return found or [_together(shape, step, memory, names)]
 
 
-def _more(shape: ModelShape, step: Step, memory: int, names: Names) -> Iterator[str]:
+def _more(shape: ModelShape, step: Step, memory: int, names: Names, most: int) -> Iterator[str]:
     if total(shape, step) > ROOMY * USABLE * memory:
         return
-    rows = largest_rows(shape, step, memory)
+    rows = min(largest_rows(shape, step, memory), most)
     if rows >= 2 * step.rows:
         yield f"room is left: {names.rows} up to {rows} would fit ({names.same_batch})"
     if step.checkpointing and fits(shape, replace(step, checkpointing=False), memory):

@@ -224,7 +224,7 @@ def plan_run(
         flops=flops,
         speed=speed,
         seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
-        advice=advise(shape, step, place.room, names),
+        advice=advise(shape, step, place.room, names, math.ceil(flat.batch_size / flat.gpus)),
         notes=notes,
     )
 

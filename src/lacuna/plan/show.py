@@ -25,7 +25,8 @@ def duration(seconds: float) -> str:
 def show(plan: RunPlan) -> Iterator[str]:
     """The lines of one plan."""
     devices = f"{plan.processes} × {plan.device}" if plan.processes > 1 else plan.device
-    room = f" ({gib(plan.device_memory)} each)" if plan.device_memory is not None else ""
+    each = " each" if plan.processes > 1 else ""
+    room = f" ({gib(plan.device_memory)}{each})" if plan.device_memory is not None else ""
     yield f"{plan.name}: {plan.trainer} of {plan.model} on {devices}{room}"
     if plan.parameters is not None and plan.trained is not None:
         share = "all" if plan.trained == plan.parameters else f"{plan.trained:,} ({plan.trained / plan.parameters:.2%})"

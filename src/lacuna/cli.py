@@ -3,13 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import click
 
 from lacuna import __version__, cli_experiment, cli_plan, cli_platform
 from lacuna.config.files import Layer, flag_name, read_layer
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.experiment.merge import leaves
@@ -17,13 +18,18 @@ from lacuna.flags import FLAGS, HELP, config_files, config_options, resolve, sho
 
 FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
 
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Show every setting, the plan, and what would stop the run; train nothing."
+)
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
 
 
-def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None]) -> None:
-    config, _ = resolve(FLAT[name], config_files(files), flags)
-    if starts_processes(config.gpus):
+def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None], dry_run: bool) -> None:
+    config, origins = resolve(FLAT[name], config_files(files), flags)
+    if dry_run:
+        print_settings(config.model_dump(), origins)
+    elif starts_processes(config.gpus):
         launch_processes(name, config)
         return
     from lacuna.data.hub import stay_offline_if_unreachable
@@ -34,7 +40,21 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None])
         from lacuna.train.start import train
     except ModuleNotFoundError as error:
         raise MissingExtraError("train", error.name or "torch") from error
+    if dry_run:
+        show_dry_run(config, config.output_dir, ())
     train(config, [*sys.argv])
+
+
+def show_dry_run(config: TrainingConfig | FinetuneConfig, output_dir: str, problems: Iterable[str]) -> None:
+    """Show what is known before training, and end with exit code 1 where something would stop it."""
+    from lacuna.plan.dry_run import dry_run
+
+    click.echo()
+    would_stop = False
+    for line, stops in dry_run(config, output_dir, problems):
+        click.echo(line)
+        would_stop |= stops
+    sys.exit(1 if would_stop else 0)
 
 
 def starts_processes(gpus: int) -> bool:
@@ -61,25 +81,27 @@ def lacuna(verbose: bool) -> None:
 @lacuna.command(context_settings=HELP)
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
 @config_options(FLAT["pretrain"])
+@DRY_RUN
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def pretrain(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
+def pretrain(files: tuple[str, ...], dry_run: bool, verbose: bool, **flags: str | None) -> None:
     """Next-token prediction on plain text.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
     """
-    run_trainer("pretrain", files, flags)
+    run_trainer("pretrain", files, flags, dry_run)
 
 
 @lacuna.command(context_settings=HELP)
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
 @config_options(FLAT["sft"])
+@DRY_RUN
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
+def sft(files: tuple[str, ...], dry_run: bool, verbose: bool, **flags: str | None) -> None:
     """Supervised fine-tuning: the loss is on the assistant's tokens only.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
     """
-    run_trainer("sft", files, flags)
+    run_trainer("sft", files, flags, dry_run)
 
 
 @lacuna.command(context_settings=HELP)
@@ -87,7 +109,7 @@ def sft(files: tuple[str, ...], verbose: bool, **flags: str | None) -> None:
 @click.option("--device", type=click.Choice(["auto", "cuda", "mps", "cpu"]), help="Instead of the config's.")
 @click.option("--resume", metavar="PATH|auto", help="A run folder, one of its checkpoints, or the newest run.")
 @click.option("--set", "words", metavar="A.B=C", multiple=True, help="A setting by its dotted path, over all files.")
-@click.option("--dry-run", is_flag=True, help="Show the configuration and what would stop it; train nothing.")
+@DRY_RUN
 @click.option("--verbose", "-v", is_flag=True, help="Show every step's metrics, and the traceback of an error.")
 def finetune(
     files: tuple[str, ...], device: str | None, resume: str | None, words: tuple[str, ...], dry_run: bool, verbose: bool
@@ -115,12 +137,12 @@ def finetune(
         return
     os.environ.setdefault(*YIELDING_THREADS)
     try:
-        from lacuna.finetune.start import dry_run as check_only
         from lacuna.finetune.start import finetune as train
+        from lacuna.finetune.start import resume_problems
     except ModuleNotFoundError as error:
         raise MissingExtraError("finetune", error.name or "trl") from error
     if dry_run:
-        check_only(config, resume)
+        show_dry_run(config, str(config.as_sft().output_dir), resume_problems(config, resume))
     else:
         train(config, resume, verbose, [*sys.argv])
 
@@ -196,7 +218,7 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
         stray = flags.pop("files")
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
-        del flags["verbose"]
+        del flags["verbose"], flags["dry_run"]
         flat, origins = resolve(FLAT[name], files, flags)
         settings = flat.model_dump()
     print_settings(dict(leaves(settings)), origins)

@@ -14,7 +14,6 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.loader import check_data_settings
 from lacuna.errors import ConfigError, LacunaError
 from lacuna.finetune.adapters import check_quantisation, target_modules
-from lacuna.platform import memory
 from lacuna.platform.detect import Device, choose_device
 from lacuna.train.distributed import World, check_world
 from lacuna.train.loading import load_model_config, load_tokenizer
@@ -109,30 +108,3 @@ def device_or_cpu(flat: SFTConfig, report: Report) -> Device:
     except ConfigError as error:
         report(f"warning: {error}; going on with the CPU, which is much slower")
         return choose_device("cpu")
-
-
-def memory_step(config: FinetuneConfig, execution: Execution, checkpointing: bool) -> memory.Step:
-    training, bf16 = config.training, execution.dtype == torch.bfloat16
-    bits = training.quantization_bits if training.method == "qlora" else 16 if bf16 else 32
-    return memory.Step(training.batch_size, training.sequence_length, bits, training.lora_r, checkpointing, bf16)
-
-
-def decide_checkpointing(config: FinetuneConfig, model_config: Any, execution: Execution) -> bool:
-    wanted = config.training.gradient_checkpointing
-    shape = memory.model_shape(model_config.to_dict())
-    if wanted != "auto" or shape is None:
-        return wanted is True
-    return memory.needs_checkpointing(shape, memory_step(config, execution, False), execution.device.memory)
-
-
-def out_of_memory(config: FinetuneConfig, flat: SFTConfig) -> str:
-    """What the step was estimated at, and what each smaller setting would take."""
-    model_config = load_model_config(flat)
-    execution = resolve_execution(flat.model_copy(update={"attention": "sdpa"}), choose_device("auto"))
-    shape = memory.model_shape(model_config.to_dict())
-    advice = "lower training.batch_size and raise gradient_accumulation_steps as much, which changes nothing else"
-    if shape is None:
-        return f"out of memory: {advice}; or set training.gradient_checkpointing: true"
-    step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
-    changes = "; ".join(f"{text}: {gib:.1f} GiB" for text, gib in memory.savings(shape, step))
-    return f"out of memory: a step takes {memory.describe(shape, step)}. What a step would take with {changes}"

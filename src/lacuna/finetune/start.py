@@ -20,15 +20,11 @@ from lacuna.finetune.adapters import add_adapter, describe, load_frozen, save_ad
 from lacuna.finetune.callback import RunFolderCallback, Written, epoch_line
 from lacuna.finetune.checks import (
     check_before,
-    decide_checkpointing,
     in_own_words,
-    memory_step,
-    out_of_memory,
     own_words,
 )
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
-from lacuna.platform import memory
-from lacuna.runs.folder import refuse_foreign_folder, write_config, write_provenance, write_status
+from lacuna.runs.folder import write_config, write_provenance, write_status
 from lacuna.runs.metrics import MetricsLog
 from lacuna.train.checkpoint import (
     CheckpointWriter,
@@ -43,6 +39,7 @@ from lacuna.train.distributed import World, join, load_once
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
+from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
@@ -70,41 +67,16 @@ def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command:
             console.print(f"adapter: {folder / 'final'}")
 
         resume_with = resume_command(_without_resume(command), config.gpus, "--resume", str(flat.output_dir))
-        supervise(config, flat, resume_with, lambda: out_of_memory(config, flat), work, world)
+        supervise(config, flat, resume_with, lambda: after_out_of_memory(config), work, world)
 
 
-def dry_run(config: FinetuneConfig, resume: str | None) -> None:
-    """Print what can be known without training, and what would stop it."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-
-    def report(text: str) -> None:
-        console.print(in_own_words(text))
-
-    print()
-    problems: list[str] = []
+def resume_problems(config: FinetuneConfig, resume: str | None) -> list[str]:
+    """Why there is nothing to resume."""
     try:
-        with own_words():
-            config, resume_from = resolve_folder(config, resume)
-            flat = config.as_sft(resume=resume_from)
-            refuse_foreign_folder(Path(flat.output_dir).expanduser())
+        resolve_folder(config, resume)
     except LacunaError as error:
-        problems += error.problems
-        flat = config.as_sft()
-    try:
-        with own_words():
-            flat, tokenizer, model_config, execution = check_before(config, flat, report, World())
-            shape = memory.model_shape(model_config.to_dict())
-            if shape is not None:
-                step = memory_step(config, execution, decide_checkpointing(config, model_config, execution))
-                report(f"memory of a step: {memory.describe(shape, step)}")
-            rows, validation_rows = load_rows(flat, Renderer(tokenizer), report)
-            steps = count_steps(flat, len(rows))
-            check_warmup(flat, steps)
-        report(f"{len(rows):,} samples to train on, {len(validation_rows or ()):,} to validate, {steps:,} steps")
-    except LacunaError as error:
-        problems += error.problems
-    for problem in problems:
-        console.print(f"would stop: {problem}")
+        return error.problems
+    return []
 
 
 def resolve_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, str]:
@@ -178,16 +150,18 @@ def _finetune(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))
     model.chunked = world.agreed(lambda: prove_loss(causal_lm, execution.flatten_rows, config.training.packing))
-    checkpointing = decide_checkpointing(config, model_config, execution)
-    device = execution.device
+    rows = prepared.train_rows
+    assert rows is not None
+    step, predicted = planned_step(config, model_config, execution, world.size, int(rows.lengths.max()))
+    checkpointing, device = step.checkpointing, execution.device
     console.print(
         f"{type(causal_lm).__name__} ({config.training.method}) on {device.name}, "
         f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, gradient checkpointing "
         f"{'on' if checkpointing else 'off'}, optimizer {optimizer_name(config, device.type)}"
     )
     console.print(describe(model))
-    if (shape := memory.model_shape(model_config.to_dict())) is not None and device.type != "cpu":
-        console.print(f"memory of a step: {memory.describe(shape, memory_step(config, execution, checkpointing))}")
+    if (said := memory_line(predicted, device)) is not None:
+        console.print(said)
     optimizer = make_adapter_optimizer(config, flat, model, device.type)
     settings = config.settings(world.size)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, settings)
@@ -195,8 +169,7 @@ def _finetune(
         state = restore(prepared.resume_from, model, optimizer)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {prepared.total_steps})")
     trainer = make_trainer(config, flat, prepared, model, state, optimizer, checkpointing)
-    rows = len(prepared.train_rows or ())
-    epochs = flat.epochs or math.ceil(prepared.total_steps * flat.batch_size / rows)
+    epochs = flat.epochs or math.ceil(prepared.total_steps * flat.batch_size / len(rows))
 
     def line(metrics: Any, total_steps: int, left: str) -> str:
         return epoch_line(epochs, metrics, left)
@@ -216,6 +189,8 @@ def _finetune(
         else:
             around.begin()
         around.finish_saving()
+    if (said := predicted_and_measured(predicted, execution)) is not None:
+        console.print(said)
     world.first(lambda: write_final(flat, model, prepared, regular, console))
 
 

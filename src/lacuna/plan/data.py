@@ -70,7 +70,7 @@ def count(configs: Mapping[str, TrainingConfig], report: Callable[[str], None]) 
             counted[name] = f"{config.dataset}: streaming reads the data while it trains, so they are not counted"
             continue
         try:
-            counted[name] = _count(config, once, report)
+            counted[name] = _count(config, once, report, report if len(configs) == 1 else _silent)
         except LacunaError as error:
             counted[name] = "; ".join(error.problems)
     return counted
@@ -94,7 +94,11 @@ class _Once:
         return result
 
 
-def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None]) -> Counts:
+def _silent(_: str) -> None:
+    """What many runs find when they cut and divide the same data is not said for each."""
+
+
+def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], found: Callable[[str], None]) -> Counts:
     from lacuna.data.documents import Documents, Source, refuse_unread, training_source, validation_source
     from lacuna.data.loader import make_parts, refuse_few_rows
     from lacuna.train.optimizer import count_steps
@@ -113,7 +117,7 @@ def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None]) -
         documents_of(source)
     seed = config.seed if config.validation_share else None
     cut = (sft and sft.too_long, config.sequence_length, config.validation_share, seed, config.packing)
-    facts = once((renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, lambda _: None), config))
+    facts = once((renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, found), config))
     refuse_few_rows(config, facts["rows"])
     steps = count_steps(config, facts["rows"])
     epochs = config.epochs or steps * config.batch_size / facts["rows"]

@@ -44,7 +44,7 @@ def _plan(
     memory = torchtune_memory(model, config, recipe, base.gpus, length)
     sizes = checkpoint_sizes(model, config, recipe)
     notes = [*assumptions(config, base.gpus), f"a row of {length:,} tokens is planned: {origin}"]
-    notes += [reason for reason in (memory, sizes, counts) if isinstance(reason, str)]
+    notes += [reason for reason in (memory, sizes) if isinstance(reason, str)]
     checkpointing = config.get("enable_activation_checkpointing") is True
     adapter = None if model.is_full else Adapter(model.rank, model.adapters, bits=4 if model.quantised else None)
     flops, tokens = None, None
@@ -69,6 +69,7 @@ def _plan(
         checkpoint=None if isinstance(sizes, str) else sizes.epoch,
         disk=None if isinstance(sizes, str) else sizes.whole_run,
         data=None if isinstance(counts, str) else asdict(counts),
+        not_counted=counts if isinstance(counts, str) else None,
         steps=None if isinstance(counts, str) else counts.steps,
         tokens=tokens,
         flops=flops,

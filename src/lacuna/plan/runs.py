@@ -52,6 +52,8 @@ class RunPlan:
     """The run folder at its largest: kept checkpoints, one that is being written, and the final model."""
     data: Mapping[str, Any] | None = None
     """See Counts."""
+    not_counted: str | None = None
+    """Why the data are not."""
     steps: int | None = None
     tokens: float | None = None
     """Trained on, over all epochs."""
@@ -187,17 +189,16 @@ def plan_run(
 ) -> RunPlan:
     """known: the speed that the user gave or that runs in the same place have reached; None takes a usual one."""
     flat, device = flat_of(config), place.device
-    notes = [counts] if isinstance(counts, str) else []
     facts: dict[str, Any] = {"data": None, "steps": flat.steps, **_tokens(flat, counts)}
     if not isinstance(counts, str):
         facts |= {"data": vars(counts), "steps": counts.steps}
     named: dict[str, Any] = {
         "name": name, "trainer": config.model_dump()["trainer"], "model": flat.model_name, "device": device.name,
         "device_memory": place.room, "processes": flat.gpus, "data": facts["data"], "steps": facts["steps"],
-        "tokens": facts["tokens"],
+        "tokens": facts["tokens"], "not_counted": counts if isinstance(counts, str) else None,
     }  # fmt: skip
     if isinstance(shape, str):
-        return RunPlan(**named, notes=[*notes, shape])
+        return RunPlan(**named, notes=[shape])
     step = step_of(config, shape, device, longest_of(config, counts))
     trained = trained_parameters(shape, step.adapter)
     memory = step_memory(shape, step)
@@ -225,7 +226,6 @@ def plan_run(
         speed=speed,
         seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
         advice=advise(shape, step, place.room, names, math.ceil(flat.batch_size / flat.gpus)),
-        notes=notes,
     )
 
 

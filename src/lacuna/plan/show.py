@@ -43,6 +43,8 @@ def show(plan: RunPlan) -> Iterator[str]:
         yield f"  host        {gib(plan.host)} while it loads or saves"
     if plan.data is not None:
         yield f"  data        {_data(plan)}"
+    if plan.not_counted is not None:
+        yield f"  data        not counted: {plan.not_counted}"
     if plan.steps is not None:
         tokens = f", {plan.tokens:,.0f} tokens" if plan.tokens is not None else ""
         yield f"  steps       {plan.steps:,}{tokens}"
@@ -127,6 +129,6 @@ def _common(plans: Sequence[RunPlan], field: str) -> list[str]:
     """What plans say, each once, with the number of runs that it holds for."""
     said: dict[str, int] = {}
     for plan in plans:
-        for text in plan.advice if field == "advice" else plan.notes:
+        for text in plan.advice if field == "advice" else [*plan.notes, *filter(None, [plan.not_counted])]:
             said[text] = said.get(text, 0) + 1
     return [text if number == len(plans) else f"{text} ({number} runs)" for text, number in list(said.items())[:SHOWN]]

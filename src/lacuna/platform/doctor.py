@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from lacuna.config.trainers import load_trainer_config
+from lacuna.plan.runs import flat_of
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, without_secrets
-from lacuna.platform.needs import CONFIG, flat_of, needed_checks, read_config
+from lacuna.platform.needs import CONFIG, needed_checks
 from lacuna.platform.probes import reinstall
 from lacuna.platform.storage import output_folder
 
@@ -30,7 +32,7 @@ SECONDS = 120
 
 def examine(files: Sequence[str]) -> Examination:
     """Check the machine; with files, also whether the run of this config could start on it. Raises ConfigError."""
-    config = read_config(files) if files else None
+    config = load_trainer_config(files) if files else None
     needed = needed_checks(config) if config is not None else EVERYONE_NEEDS
     folder = Path(flat_of(config).output_dir) if config is not None else Path.cwd()
     hub = services.hub()

@@ -5,33 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import read_layer
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.layers import load_finetune
-from lacuna.config.trainers import CONFIGS, trainer_of
-from lacuna.config.training import FLAT, TrainingConfig
-from lacuna.errors import ConfigError, LacunaError, ModelError
-from lacuna.flags import resolve
+from lacuna.config.trainers import load_trainer_config
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import LacunaError, ModelError
+from lacuna.plan.runs import flat_of
 from lacuna.plan.shape import model_shape
 from lacuna.platform.check import Check
 
 CONFIG = "config"
 """The name of the checks that are about the config."""
 Config = TrainingConfig | FinetuneConfig
-
-
-def read_config(files: Sequence[str]) -> Config:
-    """Files over each other, later ones win, as the trainers read them. Raises ConfigError."""
-    given = [trainer_of(layer.values) for layer in map(read_layer, files)]
-    named = [name for name in given if isinstance(name, str) and name in CONFIGS]
-    if not named:
-        raise ConfigError(f"{', '.join(files)}: no `trainer` key says what this is for: {', '.join(CONFIGS)}")
-    return load_finetune(files, {})[0] if named[-1] == "finetune" else resolve(FLAT[named[-1]], files, {})[0]
-
-
-def flat_of(config: Config) -> TrainingConfig:
-    """In the names of our own loop."""
-    return config.as_sft() if isinstance(config, FinetuneConfig) else config
 
 
 def needed_checks(config: Config) -> set[str]:
@@ -45,18 +29,22 @@ def needed_checks(config: Config) -> set[str]:
     return names | ({flat.tracker} if flat.tracker != "none" else set())
 
 
-def check_start(files: Sequence[str]) -> list[Check]:
-    """Everything that the trainer checks before it loads weights. Imports the trainer."""
-    config = read_config(files)
-    notes: list[str] = []
-    problems: list[str] = []
+def start_problems(config: Config, notes: list[str]) -> list[str]:
+    """What would stop the run before it loads weights. notes: gets what is only to be said. Imports the trainer."""
     try:
         if isinstance(config, FinetuneConfig):
             _finetune_starts(config, notes)
         else:
             _loop_starts(config, notes)
     except LacunaError as error:
-        problems = error.problems
+        return error.problems
+    return []
+
+
+def check_start(files: Sequence[str]) -> list[Check]:
+    """Everything that the trainer checks before it loads weights. Imports the trainer."""
+    notes: list[str] = []
+    problems = start_problems(load_trainer_config(files), notes)
     checks = [Check(CONFIG, "warning", note.removeprefix("warning: ")) for note in notes]
     checks += [Check(CONFIG, "failed", problem, needed=True) for problem in problems]
     return [*checks, *([] if problems else [Check(CONFIG, "ok", "tokenizer, model, data, device and disk are there")])]

@@ -40,7 +40,6 @@ from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
     LossModel,
-    needs_checkpointing,
     prepare_blocks,
     stop_at_end_of_turn,
 )
@@ -307,15 +306,13 @@ def write_final(model: LossModel, prepared: Prepared) -> None:
     prepared.world.first(write)
 
 
-def settle(config: TrainingConfig, prepared: Prepared, model: LossModel, console: Console) -> LossModel:
+def settle(
+    config: TrainingConfig, prepared: Prepared, model: LossModel, console: Console, checkpointing: bool
+) -> LossModel:
     """Prove the loss, then wrap checkpointing and compilation around the blocks, and say what was chosen."""
     execution, causal_lm, world = prepared.execution, model.causal_lm, prepared.world
     world.agreed(lambda: model.prove(execution.flatten_rows, config.packing))
     free_gathered(model)
-    checkpointing = config.activation_checkpointing
-    if checkpointing == "auto":
-        shards = world.local_size if config.sharding == "hybrid" else world.size
-        checkpointing = needs_checkpointing(config, causal_lm, execution.device, execution.dtype, shards)
     prepare_blocks(causal_lm, checkpointing, execution.compile)
     if isinstance(config, SFTConfig) and prepared.tokenizer.chat_template is not None:
         stop_at_end_of_turn(causal_lm, prepared.tokenizer, prepared.renderer.stop_token)

@@ -86,25 +86,6 @@ def prepare_blocks(model: PreTrainedModel, checkpointing: bool, compiled: bool) 
             block.compile()
 
 
-def needs_checkpointing(
-    config: TrainingConfig, model: PreTrainedModel, device: Device, dtype: torch.dtype, shards: int
-) -> bool:
-    """Whether weights, gradients, AdamW and activations of a step would take more than 80 % of the device's memory.
-
-    What autograd keeps of a token and layer under bf16 autocast is close to 24 bytes × hidden size + 10 × MLP width
-    (measured with saved-tensor hooks on Qwen2.5's shapes: 64 to 77 × hidden size), in fp32 about 1.6 times as much.
-    """
-    if device.memory is None:
-        return False
-    text_config = model.config.get_text_config()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = config.micro_batch_size * config.sequence_length
-    mlp_width = text_config.to_dict().get("intermediate_size") or 4 * text_config.hidden_size
-    token_bytes = (24 * text_config.hidden_size + 10 * mlp_width) * (1.6 if dtype == torch.float32 else 1)
-    activations = token_bytes * text_config.num_hidden_layers * tokens
-    return bool(16 * parameters / shards + activations > 0.8 * device.memory)
-
-
 def supervised_loss(
     causal_lm: PreTrainedModel,
     input_ids: Int[Tensor, "rows length"],

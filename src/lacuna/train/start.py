@@ -17,6 +17,7 @@ from lacuna.train.loading import load_model, load_model_config, load_sharded, lo
 from lacuna.train.loop import Prepared, settle, train_steps
 from lacuna.train.model import Execution, LossModel, resolve_execution
 from lacuna.train.optimizer import check_warmup, count_steps
+from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
 from lacuna.train.session import (
     check_disk,
     check_resume_path,
@@ -39,19 +40,13 @@ def train(config: TrainingConfig, command: list[str]) -> None:
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     resume_with = resume_command(command, config.gpus, *([] if config.resume == "auto" else ["--resume", "auto"]))
-    out_of_memory = (
-        f"out of memory: lower --micro-batch-size (now {config.micro_batch_size}), set --activation-checkpointing true "
-        f"(now {config.activation_checkpointing}), or start anew in another --output-dir with a smaller "
-        f"--sequence-length (now {config.sequence_length})"
-    )
-
     with join() as world:
 
         def work(folder: Path, console: Console, stop: StopRequest) -> None:
             _train(config, folder, command, console, stop, world)
             console.print(f"model: {folder / 'final'}")
 
-        supervise(config, config, resume_with, lambda: out_of_memory, work, world)
+        supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world)
 
 
 def check_before(
@@ -109,4 +104,11 @@ def _train(
         model = load_sharded(config, model_config, tokenizer, execution, world)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
-    train_steps(config, prepared, settle(config, prepared, model, console), console, stop)
+    shards = world.local_size if config.sharding == "hybrid" else world.size
+    longest = int(rows.lengths.max()) if rows is not None else config.sequence_length
+    step, predicted = planned_step(config, model_config, execution, shards, longest)
+    if (line := memory_line(predicted, device)) is not None:
+        console.print(line)
+    train_steps(config, prepared, settle(config, prepared, model, console, step.checkpointing), console, stop)
+    if (line := predicted_and_measured(predicted, execution)) is not None:
+        console.print(line)

@@ -1,0 +1,68 @@
+"""The plan of a run, where it is made: the memory of a step on this device, before it and after it."""
+
+from typing import Any
+
+import torch
+
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import LacunaError
+from lacuna.plan.advice import FINETUNE, LOOP, USABLE, describe, savings
+from lacuna.plan.memory import GIB, Step, step_memory
+from lacuna.plan.runs import flat_of, read_shape, step_of
+from lacuna.plan.shape import model_shape
+from lacuna.platform.detect import Device, choose_device
+from lacuna.train.model import Execution
+
+
+def planned_step(
+    config: TrainingConfig | FinetuneConfig, model_config: Any, execution: Execution, processes: int, longest: int
+) -> tuple[Step, dict[str, float]]:
+    """The step, with activation checkpointing settled, and the bytes that it takes; none for a model of another kind.
+
+    processes: that share the weights. longest: tokens of the longest sample.
+    """
+    shape = model_shape(model_config.to_dict())
+    rows_alone = isinstance(config, FinetuneConfig) or not config.packing
+    shared = config.model_copy(update={"gpus": processes})
+    step = step_of(shared, shape, execution.device, longest if rows_alone else None, execution.attention)
+    return step, step_memory(shape, step) if shape is not None else {}
+
+
+def memory_line(predicted: dict[str, float], device: Device) -> str | None:
+    """What a step is planned to take on an accelerator; and that it is more than there is, if so."""
+    if not predicted or device.memory is None:
+        return None
+    more = "" if sum(predicted.values()) <= USABLE * device.memory else (
+        f", of {device.memory / GIB:.1f} GiB: warning: it will probably not fit; `lacuna plan` says what would"
+    )  # fmt: skip
+    return f"memory of a step: {describe(predicted)}{more}"
+
+
+def predicted_and_measured(predicted: dict[str, float], execution: Execution) -> str | None:
+    """A line for the end of a run on CUDA: what the plan said of tensors, and what there was at most."""
+    if execution.device.type != "cuda" or not predicted:
+        return None
+    expected = sum(size for name, size in predicted.items() if name != "framework") / GIB
+    tensors = torch.cuda.max_memory_allocated() / GIB
+    held = torch.cuda.max_memory_reserved() / GIB
+    return f"peak memory of tensors: {expected:.2f} GiB predicted, {tensors:.2f} measured ({held:.2f} held by torch)"
+
+
+def after_out_of_memory(config: TrainingConfig | FinetuneConfig) -> str:
+    """What the step was planned at, and what each smaller setting would take."""
+    is_adapter = isinstance(config, FinetuneConfig)
+    names = FINETUNE if is_adapter else LOOP
+    flat = flat_of(config)
+    try:
+        shape = read_shape(flat.model_name, flat.model_revision)
+        device = choose_device(flat.device)
+    except LacunaError:
+        return f"out of memory: lower {names.rows} ({names.same_batch}), or set {names.checkpointing}"
+    if isinstance(shape, str):
+        return f"out of memory: lower {names.rows} ({names.same_batch}), or set {names.checkpointing}"
+    step = step_of(config, shape, device)
+    return (
+        f"out of memory: a step takes {describe(step_memory(shape, step))}. What a step would take with "
+        f"{savings(shape, step, names)}"
+    )

@@ -101,7 +101,7 @@ def _silent(_: str) -> None:
 def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], found: Callable[[str], None]) -> Counts:
     from lacuna.data.documents import Documents, Source, refuse_unread, training_source, validation_source
     from lacuna.data.loader import make_parts, refuse_few_rows
-    from lacuna.train.optimizer import count_steps
+    from lacuna.train.optimizer import check_warmup, count_steps
 
     sft = config if isinstance(config, SFTConfig) else None
     tokenizer = (config.model_name, config.model_revision, sft and sft.chat_template)
@@ -120,6 +120,7 @@ def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], f
     facts = once((renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, found), config))
     refuse_few_rows(config, facts["rows"])
     steps = count_steps(config, facts["rows"])
+    check_warmup(config, steps)
     epochs = config.epochs or steps * config.batch_size / facts["rows"]
     return Counts(**facts, steps=steps, epochs=epochs)
 

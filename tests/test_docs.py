@@ -42,6 +42,9 @@ RUN_ELSEWHERE = {
     "lacuna doctor": "test_doctor.py",
     "lacuna doctor configs/training_config_h100.yaml": "test_doctor.py, with a tiny model",
     "lacuna presets": "test_presets.py",
+    "lacuna plan examples/learning_rate.yaml --device a100": "test_plan.py, with a tiny model",
+    "lacuna plan configs/learning_rate --device a100": "test_plan.py",
+    "lacuna plan configs/training_config_h100.yaml --device h100 --trace": "test_plan.py",
     "finetune --config auto": "test_presets.py",
     "scripts/setup_local.sh": "test_doctor.py",
     "conda env create --file environment-remote.yml && conda activate lacuna && lacuna doctor": "test_doctor.py",
@@ -132,6 +135,8 @@ def test_every_command_is_run_somewhere() -> None:
         "make quickstart",
         "make install && . .venv/bin/activate",
         "lacuna data my_chats.jsonl --config configs/sft_qwen.toml",
+        "lacuna plan configs/sft_qwen.toml --device h100",
+        "lacuna plan examples/quickstart/sft.toml",
         "lacuna data --config examples/quickstart/sft.toml --show 1",
         "sft @ configs/sft_qwen.toml --dataset my_chats.jsonl",
         "lacuna explain configs/sft_qwen.toml --learning-rate 1e-4",
@@ -222,7 +227,7 @@ def test_the_python_of_the_finetune_page_runs(adapter: tuple[Path, str]) -> None
 
 @pytest.mark.parametrize("command", DRY_RUNS)
 def test_the_presets_say_what_they_would_do_and_what_is_missing(command: str, checkout: Path) -> None:
-    printed = call(command, checkout)
+    printed = call(f"{command} || test $? = 1", checkout)
     settings = {
         line.split()[0]: line.split()[1] for line in printed.splitlines() if line[:1].isalpha() and "  " in line
     }
@@ -264,6 +269,8 @@ def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_p
     home = {"HF_ENDPOINT": hub_endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     seen = call("lacuna data my_chats.jsonl --config configs/sft_qwen.toml", checkout, **home)
     assert "documents  1,500" in seen
+    planned = call("lacuna plan configs/sft_qwen.toml --device h100", checkout, **home)
+    assert "at the peak of a step: fits" in planned
     printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)
     assert "model: runs/sft_qwen/final" in printed
     folder = checkout / "runs" / "sft_qwen"

@@ -63,12 +63,12 @@ def assert_refused(outcome: Any, *expected: str) -> None:
 
 
 def test_all_cheap_problems_are_told_at_once(run: Run, settings: Settings) -> None:
-    wrong = {**settings, "model_name": "./nowhere", "dataset": "missing.jsonl", "attention": "flash_attention_2"}
+    wrong = {**settings, "model_name": "./nowhere", "dataset": "missing.jsonl", "resume": "runs/gone/step-00000001"}
     assert_refused(
         run("sft", **wrong),
         "model_name ./nowhere: no such folder",
         "missing.jsonl: no such file or folder",
-        "attention 'flash_attention_2' needs CUDA",
+        "resume runs/gone/step-00000001: there is no checkpoint",
     )
 
 
@@ -509,9 +509,16 @@ def test_a_home_folder_is_expanded(run: Run, settings: Settings, tmp_path: Path,
     assert (tmp_path / "runs" / "a" / "final").is_dir()
 
 
-def test_compiling_needs_a_compiler(run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_no_result_is_replaced_and_said(
+    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert_refused(run("sft", **settings, compile="true"), "compile = true needs a C compiler")
+    outcome = run("sft", **settings, compile="true", attention="flash_attention_2")
+    assert outcome.code == 0, outcome.output
+    assert "compile needs a C compiler (gcc or clang), and there is none: nothing is compiled" in outcome.output
+    assert "flash_attention_2 is not there" in outcome.output
+    assert "attention sdpa" in outcome.output
+    assert "compilation off" in outcome.output
 
 
 def test_settings_without_effect_on_the_data_are_refused(run: Run, settings: Settings, text_file: Path) -> None:

@@ -19,7 +19,6 @@ from lacuna.train.distributed import World, check_world
 from lacuna.train.loading import load_model_config, load_tokenizer
 from lacuna.train.model import (
     Execution,
-    flash_attention_works,
     resolve_execution,
 )
 from lacuna.train.session import check_resume_path, together
@@ -52,28 +51,23 @@ def in_own_words(text: str) -> str:
     return text
 
 
-def check_before(
-    config: FinetuneConfig, flat: SFTConfig, report: Report, world: World
-) -> tuple[SFTConfig, Any, Any, Execution]:
+def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report, world: World) -> tuple[Any, Any, Execution]:
     """What costs seconds, all of it together: settings as this machine can run them, tokenizer, model config, device.
 
     Raises ConfigError with everything that is wrong.
     """
     device = device_or_cpu(flat, report)
-    if flat.attention == "flash_attention_2" and not flash_attention_works(device):
-        report("flash_attention_2 is not there (it needs CUDA, bf16 and the package flash-attn): attention by sdpa")
-        flat = flat.model_copy(update={"attention": "sdpa"})
     tokenizer, model_config, execution = together(
         lambda: _tokenizer(config, flat, report),
         lambda: _model_config(config, flat),
-        lambda: resolve_execution(flat, device),
+        lambda: resolve_execution(flat, device, report),
         lambda: check_world(flat, world, device.type),
         lambda: check_data_settings(flat),
         lambda: check_tracker(flat, report) if world.is_first else None,
         lambda: check_quantisation(config, device),
         lambda: check_resume_path(flat),
     )[:3]
-    return flat, tokenizer, model_config, execution
+    return tokenizer, model_config, execution
 
 
 def _tokenizer(config: FinetuneConfig, flat: SFTConfig, report: Report) -> Any:

@@ -138,7 +138,7 @@ def _finetune(
     def report(text: str) -> None:
         console.print(in_own_words(text))
 
-    flat, tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, report, world))
+    tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, report, world))
     prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
     if world.is_first:
         write_config(folder, config)

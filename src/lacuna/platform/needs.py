@@ -65,7 +65,7 @@ def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
             lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
         )
         check_weights(flat, notes)
-        shape = model_shape(found[0][2].to_dict())
+        shape = model_shape(found[0][1].to_dict())
         _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,12 @@ def flash_attention_works(device: Device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
 
-def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
-    """Settle precision, attention and compilation. Raises ConfigError for what the device cannot do."""
+def resolve_execution(config: TrainingConfig, device: Device, report: Callable[[str], None]) -> Execution:
+    """Settle precision, attention and compilation.
+
+    What cannot be had and would not change the result is replaced, and reported. Raises ConfigError for a precision
+    that the device does not have.
+    """
     on_cuda = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else True
     wanted = {"auto": "bf16" if device.type != "cpu" and has_bf16 else "fp32"}.get(config.precision, config.precision)
@@ -59,13 +64,13 @@ def resolve_execution(config: TrainingConfig, device: Device) -> Execution:
     if attention == "auto":
         attention = "flash_attention_2" if has_flash and dtype == torch.bfloat16 else "sdpa"
     if attention == "flash_attention_2" and not (has_flash and dtype == torch.bfloat16):
-        raise ConfigError(
-            "attention 'flash_attention_2' needs CUDA, bf16 and the package flash-attn; choose --attention auto"
-        )
+        report("flash_attention_2 is not there (it needs CUDA, bf16 and the package flash-attn): attention by sdpa")
+        attention = "sdpa"
     has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if config.compile is True and not has_compiler:
-        raise ConfigError("compile = true needs a C compiler (gcc or clang), and there is none; choose --compile auto")
-    return Execution(device, dtype, attention, on_cuda and has_compiler if config.compile == "auto" else config.compile)
+    wants_compiled = on_cuda if config.compile == "auto" else config.compile
+    if wants_compiled and not has_compiler:
+        report("compile needs a C compiler (gcc or clang), and there is none: nothing is compiled")
+    return Execution(device, dtype, attention, wants_compiled and has_compiler)
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:

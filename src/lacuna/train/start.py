@@ -59,7 +59,7 @@ def check_before(
     tokenizer, model_config, execution = together(
         lambda: load_tokenizer(config),
         lambda: load_model_config(config),
-        lambda: resolve_execution(config, device),
+        lambda: resolve_execution(config, device, report),
         lambda: check_world(config, world, device.type),
         lambda: check_data_settings(config),
         lambda: check_tracker(config, report) if world.is_first else None,

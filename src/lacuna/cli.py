@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lacuna import __version__, cli_experiment, cli_plan, cli_platform
 from lacuna.config.files import Layer, flag_name, read_layer
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.experiment.merge import leaves
@@ -21,6 +21,9 @@ FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this m
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Show every setting, the plan, and what would stop the run; train nothing."
 )
+if TYPE_CHECKING:
+    from lacuna.config.finetune import FinetuneConfig
+
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
 
@@ -45,7 +48,7 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
     train(config, [*sys.argv])
 
 
-def show_dry_run(config: TrainingConfig | FinetuneConfig, output_dir: str, problems: Iterable[str]) -> None:
+def show_dry_run(config: "TrainingConfig | FinetuneConfig", output_dir: str, problems: Iterable[str]) -> None:
     """Show what is known before training, and end with exit code 1 where something would stop it."""
     from lacuna.plan.dry_run import dry_run
 

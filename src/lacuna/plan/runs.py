@@ -111,6 +111,8 @@ def read_shape(model: str, revision: str | None) -> ModelShape | str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     file = Path(model) / "config.json"
+    if not file.parent.is_dir() and (model.startswith((".", "/")) or model.count("/") > 1):
+        return f"{model}: no such folder"
     try:
         place = file if file.parent.is_dir() else Path(hf_hub_download(model, "config.json", revision=revision))
         shape = model_shape(json.loads(place.read_text(encoding="utf-8")))
@@ -144,11 +146,15 @@ def step_of(
     """The step of a config on a device, with activation checkpointing as it will be; on where the shape is not known.
 
     longest: tokens of the longest sample, where no row can be longer. attention: what `auto` came to, if that is known.
+    Torch's attention on a Mac is planned as one that keeps every score, for its backward pass has no other.
+    # ref: https://github.com/pytorch/pytorch/issues/179294
     """
     flat = flat_of(config)
     adapter = adapter_of(config)
     bf16 = {"auto": device.type != "cpu" and device.has_bf16}.get(flat.precision, flat.precision == "bf16")
     attention = attention or ("sdpa" if flat.attention == "auto" else flat.attention)
+    if attention == "flash_attention_2" and device.type != "cuda":
+        attention = "sdpa"
     if device.type == "mps" and attention == "sdpa":
         attention = "eager"
     gpus = flat.gpus

@@ -24,7 +24,7 @@ TORCH_FREE = [
     "lacuna.cli", "lacuna.errors", "lacuna.config.files", "lacuna.config.training", "lacuna.data.formats",
     "lacuna.data.schemas", "lacuna.data.packing", "lacuna.runs.folder", "lacuna.runs.metrics",
     "lacuna.config.yaml_format", "lacuna.config.finetune", "lacuna.config.layers", "lacuna.config.trainers",
-    "lacuna.flags", "lacuna.platform.memory", "lacuna.platform.detect",
+    "lacuna.flags", "lacuna.platform.detect",
     "lacuna.platform.check", "lacuna.platform.doctor", "lacuna.platform.libraries", "lacuna.platform.needs",
     "lacuna.platform.presets", "lacuna.platform.probes", "lacuna.platform.services", "lacuna.platform.storage",
     "lacuna.cli_platform", "lacuna.experiment.builder",
@@ -38,7 +38,7 @@ TORCH_FREE = [
     "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
-    "lacuna.plan.show", "lacuna.plan.read",
+    "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 

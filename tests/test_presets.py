@@ -13,13 +13,15 @@ import pytest
 from conftest import Run
 from lacuna.config.layers import load_finetune
 from lacuna.errors import ConfigError
-from lacuna.platform import memory
+from lacuna.plan.advice import fits
+from lacuna.plan.memory import Adapter, Step
+from lacuna.plan.shape import ModelShape
 from lacuna.platform.detect import GIB, Device, named_device
 from lacuna.platform.presets import BY_DEVICE, FOLDER, choose_preset, list_presets, replace_auto
 from test_cli import CORE_ONLY, SITE_PACKAGES
 
 ROOT = Path(__file__).parents[1]
-MISTRAL_7B = memory.Shape(4096, 32, 14336, 4096, 1024, 32768, tied=False)
+MISTRAL_7B = ModelShape("llama", 4096, 32, 14336, 32, 8, 128, 32768, tied=False)
 
 
 def test_every_shipped_config_is_listed_with_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +43,8 @@ def test_every_shipped_config_is_listed_with_its_first_line(monkeypatch: pytest.
         ("4090", "training_config_h100.yaml"),
         ("m4-32gb", "training_config_m4.yaml"),
         ("m1-16gb", "training_config_m4.yaml"),
-        ("l4", None),
+        ("l4", "training_config_h100.yaml"),
+        ("v100-32gb", None),
         ("m1-8gb", None),
     ],
 )
@@ -56,15 +59,17 @@ def test_the_machine_decides(device: str, chosen: str | None) -> None:
 def test_the_memory_that_a_preset_wants_is_that_of_its_step(kind: str) -> None:
     name, needed = BY_DEVICE[kind]
     training = load_finetune([str(FOLDER / name)], {})[0].training
-    step = memory.Step(training.batch_size, training.sequence_length, 4, training.lora_r, True, bf16=True)
-    wanted = memory.total(MISTRAL_7B, step) / 0.8
-    assert wanted - 0.1 < needed / GIB < wanted + 0.5
+    adapter = Adapter(training.lora_r, bits=4)
+    attention = {"cuda": "sdpa", "mps": "eager"}[kind]
+    step = Step(training.batch_size, training.sequence_length, True, True, kind, attention=attention, adapter=adapter)
+    assert fits(MISTRAL_7B, step, needed)
+    assert not fits(MISTRAL_7B, step, needed - GIB)
 
 
 def test_auto_is_replaced_where_it_stands() -> None:
     files, why = replace_auto(["a.yaml", "auto", "b.yaml"], [named_device("h100")])
     assert [Path(file).name for file in files] == ["a.yaml", "training_config_h100.yaml", "b.yaml"]
-    assert why.endswith("training_config_h100.yaml (NVIDIA H100 80GB HBM3 has 79.1 GiB for it, and it takes 23)")
+    assert why.endswith("training_config_h100.yaml (NVIDIA H100 80GB HBM3 has 79.1 GiB for it, and it takes 17)")
     with pytest.raises(ConfigError, match=r"--config auto: no preset fits this machine: Tesla T4 has 14.6 GiB"):
         replace_auto(["auto"], [Device("cuda", "Tesla T4", int(14.6 * GIB))])
 

@@ -5,15 +5,20 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from lacuna.errors import MissingExtraError
 from lacuna.flags import HELP
-from lacuna.platform.detect import Device, accelerators
+
+if TYPE_CHECKING:
+    from lacuna.platform.detect import Device
 
 
-def _devices() -> list[Device]:
+def _devices() -> "list[Device]":
+    from lacuna.platform.detect import accelerators
+
     try:
         return accelerators()
     except ModuleNotFoundError as error:

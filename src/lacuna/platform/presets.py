@@ -13,8 +13,8 @@ from lacuna.platform.detect import GIB, Device
 
 FOLDER = Path(__file__).parents[1] / "configs"
 AUTO = "auto"
-BY_DEVICE = {"cuda": ("training_config_h100.yaml", 23 * GIB), "mps": ("training_config_m4.yaml", 9 * GIB)}
-"""Type of a device to its preset and the memory that this wants: a step of it takes four fifths (docs/qlora.md)."""
+BY_DEVICE = {"cuda": ("training_config_h100.yaml", 17 * GIB), "mps": ("training_config_m4.yaml", 8 * GIB)}
+"""Type of a device to its preset and the memory in which a step of it fits without flash-attn (docs/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def choose_preset(devices: Sequence[Device]) -> Choice:
         return Choice(None, f"there is no GPU here. {_instead()}")
     device, memory = devices[0], (devices[0].memory or 0) / GIB
     name, needed = BY_DEVICE[device.type]
+    if not device.has_bf16:
+        return Choice(None, f"{device.name} has no bf16, and the presets compute in it. {_instead()}")
     reason = f"{device.name} has {memory:.1f} GiB for it, and it takes {needed / GIB:.0f}"
     if memory * GIB >= needed:
         return Choice(_shown(FOLDER / name), reason)

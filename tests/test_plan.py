@@ -107,6 +107,8 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(run: Run, here: Path)
     assert plan(run, "full.toml", "--device", "4090", code=1)["advice"] != []
     text = run("lacuna", "plan", "full.toml", "--device", "a100").output
     assert "DOES NOT FIT" in text
+    assert "steps 100, 13,107,200 tokens" in text
+    assert "note tokens and time take every row to be full" in text
     assert "weights 27.0 GiB" in text
 
 

@@ -23,6 +23,7 @@ from lacuna.platform.detect import Device
 
 STATE_BYTES = 12
 """Of a trained weight in a checkpoint: itself and AdamW's two moments in fp32."""
+FULL_ROWS = "tokens and time take every row to be full, and of one document"
 RUNTIME = 1.5 * 2**30
 """Host memory of Python with its libraries."""
 
@@ -231,6 +232,7 @@ def plan_run(
         flops=flops,
         speed=speed,
         seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
+        notes=[FULL_ROWS] if isinstance(counts, str) and facts["tokens"] is not None else [],
         advice=advise(shape, step, place.room, names, math.ceil(flat.batch_size / flat.gpus)),
     )
 

@@ -22,6 +22,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 SCRIPTS = Path(sys.executable).parent
 
 
+LONGEST = ("docs", "processes", "slurm", "finetune", "hub", "training", "benchmarks", "torchtune", "refusals")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes go first, so that none of them is left over for one worker at the end."""
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @dataclass
 class Outcome:
     code: int

@@ -203,7 +203,7 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(settings: Settings, 
     settings = {**settings, "steps": 400, "save_every": 400}
     process, seen = spawn("sft", **settings, output_dir=folder), 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        process.wait_until(lambda: len(read_metrics(folder)) >= seen + 5)
+        process.wait_until(lambda lines=seen + 5: len(read_metrics(folder)) >= lines)
         output = process.stop(number)
         assert process.popen.returncode == 128 + number
         stopped = re.search(r"stopped after step (\d+), which is saved; go on with: (.*)", output)

@@ -34,7 +34,7 @@ class Forked:
 
     def __init__(self, words: list[str], output: str) -> None:
         arguments = (words, os.getcwd(), dict(os.environ), output)
-        self._process = SERVER.Process(target=_run, args=arguments, daemon=False)
+        self._process = SERVER.Process(target=_run, args=arguments, daemon=True)  # ends with the tests
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid

@@ -29,8 +29,8 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_work(folder: Path, steps: int) -> None:
-    """A random Qwen3 of 8.4 M parameters, and conversations of log-normal lengths in two orders.
+def make_work(folder: Path, steps: int, layers: int) -> None:
+    """A random Qwen3, of 8.4 M parameters in 8 layers, and conversations of log-normal lengths in two orders.
 
     rows.jsonl is what lacuna reads, ordered.jsonl the same rows in the order in which lacuna trains on them.
     """
@@ -41,7 +41,7 @@ def make_work(folder: Path, steps: int) -> None:
     from lacuna.data.loader import row_order
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4}
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "num_attention_heads": 4}
     tokens = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 3, "vocab_size": 8192}
     config = Qwen3Config(num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, **shape, **tokens)
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
@@ -155,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--one", nargs=5, metavar=("NAME", "FOLDER", "RUN", "PRECISION", "STEPS"))
     arguments = parser.parse_args()
@@ -169,7 +170,7 @@ def main() -> None:
         "| precision | program | real tok/s | lacuna's / its | seconds to the first step's end |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
-        make_work(Path(folder), arguments.steps)
+        make_work(Path(folder), arguments.steps, arguments.layers)
         for precision in arguments.precision:
             compare(Path(folder), precision, arguments.rounds, arguments.steps)
 

@@ -197,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--case", nargs="+", default=["equal lengths", "padded", "packed"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     arguments = parser.parse_args()
@@ -205,9 +206,9 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(
-            vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
-            eos_token_id=0, pad_token_id=3, bos_token_id=None,
+            vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=arguments.layers,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+            tie_word_embeddings=True, eos_token_id=0, pad_token_id=3, bos_token_id=None,
         )  # fmt: skip
         torch.manual_seed(0)
         Qwen3ForCausalLM(config).save_pretrained(folder)

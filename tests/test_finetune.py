@@ -28,7 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from conftest import SCRIPTS, Outcome, Run, spawn
+from conftest import Outcome, Run, spawn
 from fixtures import WORDS, make_model, make_tokenizer, write_chat
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
@@ -289,10 +289,10 @@ def test_two_processes_are_one(config: Path, tmp_path: Path) -> None:
     for processes, accumulation in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         more = [f"training.gradient_accumulation_steps={accumulation}", f"training.output_dir={folder}"]
-        command = [SCRIPTS / "finetune", *words(config, *shared, *more, f"gpus={processes}", "device=cpu")]
-        outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        assert outcome.stdout.count("schema chat") == 1
+        process = spawn("finetune", *words(config, *shared, *more, f"gpus={processes}", "device=cpu"))
+        output = process.wait()
+        assert process.popen.returncode == 0, output
+        assert output.count("schema chat") == 1
         losses.append([*metrics(folder).values(), *metrics(folder, "validation_loss").values()])
     assert len(losses[0]) == 3 + 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

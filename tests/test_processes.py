@@ -118,9 +118,9 @@ def test_two_processes_and_accumulation_equal_one(
 
 
 def test_the_number_of_processes_may_change_in_the_middle(one: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    """1 → 2 → 4 → 3 processes, stopped after any step."""
+    """1 → 3 → 2 processes, stopped after any step."""
     folder = tmp_path / "run"
-    for gpus, until in ((1, 5), (2, 12), (4, 22), (3, None)):
+    for gpus, until in ((1, 5), (3, 15), (2, None)):
         process = spawn("sft", output_dir=folder, **{**settings, "gpus": gpus})
         if until is None:
             assert "resuming from" in process.wait()
@@ -131,12 +131,7 @@ def test_the_number_of_processes_may_change_in_the_middle(one: Path, settings: d
             assert process.popen.returncode == 128 + signal.SIGUSR1, output
             assert output.count("which is saved; go on with: ") == 1
             assert until <= read_status(folder)["step"] < settings["steps"]  # type: ignore[index]
-    assert [start["devices"] for start in json.loads((folder / "provenance.json").read_text())["starts"]] == [
-        1,
-        2,
-        4,
-        3,
-    ]
+    assert [start["devices"] for start in json.loads((folder / "provenance.json").read_text())["starts"]] == [1, 3, 2]
     assert_close(folder, one)
 
 

@@ -270,7 +270,11 @@ def run(command: click.Command) -> None:
     except Interrupted as interruption:
         if (message := str(interruption)) and os.environ.get("RANK", "0") == "0":
             click.echo(f"\n{message}", err=True)
-        sys.exit(128 + interruption.signal_number)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # All is saved and closed, but a thread of pyarrow may still read a stream, and abort at the interpreter's end.
+        # ref: https://github.com/huggingface/datasets/issues/7357
+        os._exit(128 + interruption.signal_number)
 
 
 def main() -> None:

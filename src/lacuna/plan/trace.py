@@ -167,7 +167,7 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
         weights = tracker.live
         if step.checkpointing:
             causal_lm.activation_checkpointing_enable()
-        _two_steps(model.train(), causal_lm, step, dtype, tracker)
+        _take_step(model.train(), causal_lm, step, dtype, tracker)
     return Trace({phase: float(tracker.peaks[phase]) for phase in PHASES}, weights)
 
 
@@ -203,26 +203,28 @@ def _quantise(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
                     setattr(parent, name, _Quantised(module, adapter))
 
 
-def _two_steps(
+def _take_step(
     model: nn.Module, causal_lm: PreTrainedModel, step: Step, dtype: torch.dtype, tracker: MemoryTracker
 ) -> None:
-    """The second step is the one that counts: the optimizer's moments are there from its first."""
+    """The last forward and backward pass before an update, and the update, with the optimizer's moments there."""
     blocks = transformer_blocks(causal_lm)
     blocks[-1].register_full_backward_hook(lambda *_: tracker.enter("backward"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not step.accumulates:
+        optimizer.zero_grad()
     ids, positions = torch.zeros(2, step.rows, step.length, dtype=torch.int64)
     predicting, targets = torch.zeros(2, step.rows * (step.length - 1), dtype=torch.int64)
     arguments: Any = {"position_ids": positions, "predicting": predicting, "targets": targets}
     chunk = chunk_of(step, causal_lm.config.get_text_config().vocab_size)
-    for _ in range(2):
-        for _ in range(2 if step.accumulates else 1):
-            tracker.enter("forward")
-            loss = supervised_loss(causal_lm, ids, **arguments, scale=1.0, dtype=dtype, chunked=True, chunk=chunk)
-            tracker.enter("last layer's backward")
-            loss.backward()
-            del loss
-        tracker.enter("update")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    tracker.enter("forward")
+    loss = supervised_loss(causal_lm, ids, **arguments, scale=1.0, dtype=dtype, chunked=True, chunk=chunk)
+    tracker.enter("last layer's backward")
+    loss.backward()
+    del loss
+    tracker.enter("update")
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()

@@ -122,11 +122,12 @@ class Trace:
 def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     """Trace a step at two small depths and extend it to the model's own.
 
-    config: of a decoder whose layers are alike, or repeat a pattern of layer types.
+    config: of a decoder whose layers are alike, or repeat a pattern of layer types. Both depths have a layer of every
+    type below the last one, so that the masks of all types are there until then, as in a deep model.
     """
     text = config.get_text_config()
     period = _period(text.to_dict().get("layer_types") or ["alike"])
-    depths = (2 * period, 4 * period) if period == 1 else (period, 2 * period)
+    depths = (period + 1, 2 * period + 1)
     if text.num_hidden_layers <= depths[1]:
         return _trace_depth(config, step, text.num_hidden_layers)
     shallow, deep = (_trace_depth(config, step, depth) for depth in depths)

@@ -37,7 +37,7 @@ def draw(random: np.random.Generator) -> tuple[str, str, Step]:
     bits = int(method[-1]) if method.startswith("qlora") else None
     adapter = Adapter(one_of((8, 16, 32, 64)), one_of(TARGETS), one_of((True, False)), bits, one_of((True, False)))
     step = Step(
-        rows=rows, length=length, bf16="fp32" not in method, checkpointing=one_of((True, False)), device="cpu",
+        rows=rows, length=length, bf16="fp32" not in method, checkpointing=one_of((True, False)), device=one_of(("cuda", "cpu")),
         accumulates=one_of((True, False)), attention="eager" if is_eager else "sdpa",
         adapter=None if method.startswith("full") else adapter, chunk=one_of((None, 2**27 // 131072, 2**27 // 32768)),
     )  # fmt: skip

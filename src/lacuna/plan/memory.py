@@ -134,7 +134,7 @@ def _attention_kept(shape: ModelShape, step: Step) -> float:
 def _adapter_kept(shape: ModelShape, step: Step, adapter: Adapter) -> float:
     """Bytes of a token: inputs of LoRA's two matrices, and the dropout's mask."""
     width = step.width
-    casts = adapter.bits is None and step.bf16
+    casts = step.bf16 and (adapter.bits is None or step.device != "cuda")
     inputs = {name: shape.widths[name][0] for name in adapter.targets}
     kept = float(width * adapter.rank * len(inputs))
     if adapter.dropout:

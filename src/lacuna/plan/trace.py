@@ -92,19 +92,32 @@ class _Quantised(nn.Module):
         return product
 
 
-class _QuantisedAdapter(nn.Module):
-    """One with an adapter, as PEFT has it. # ref: peft/tuners/lora/bnb.py"""
+class _FusedDropout(nn.Module):
+    """CUDA's, which keeps a byte for a number; a CPU's keeps the factors."""
 
-    def __init__(self, adapted: Any, adapter: Adapter) -> None:
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.native_dropout(inputs, 0.05, True)[0]
+
+
+class _QuantisedAdapter(nn.Module):
+    """One with an adapter, as PEFT has it: it looks for CUDA's autocast alone, and elsewhere casts its inputs to fp32.
+
+    # ref: peft/tuners/lora/bnb.py, requires_conversion
+    """
+
+    def __init__(self, adapted: Any, adapter: Adapter, casts: bool) -> None:
         super().__init__()
         self.base = _Quantised(adapted.base_layer, adapter)
         self.first, self.second = adapted.lora_A["default"], adapted.lora_B["default"]
-        self.dropout = nn.Dropout(0.05 if adapter.dropout else 0.0)
+        self.dropout = adapted.lora_dropout["default"]
+        self.casts = casts
 
     def forward(self, inputs: Tensor) -> Tensor:
         product = self.base(inputs)
         result: Tensor = product.clone() if self.base.bits == 4 else product
-        return result + self.second(self.first(self.dropout(inputs))) * 2.0
+        inputs = inputs.float() if self.casts else inputs
+        change = self.second(self.first(self.dropout(inputs))) * 2.0
+        return result + change.to(result.dtype)
 
 
 @dataclass(frozen=True)
@@ -158,13 +171,13 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
             dtype=dtype if step.adapter else torch.float32,
             attn_implementation="eager" if step.attention == "eager" else "sdpa",
         )
-        model = _adapted(causal_lm, step.adapter) if step.adapter else causal_lm
+        model = _adapted(causal_lm, step.adapter, step.device) if step.adapter else causal_lm
     with FakeTensorMode(), MemoryTracker() as tracker:
         tracker.enter("weights")
         _fill(model)
         causal_lm.tie_weights()
         if step.adapter and step.adapter.bits:
-            _quantise(causal_lm, step.adapter)
+            _quantise(causal_lm, step.adapter, step.device)
         weights = tracker.live
         if step.checkpointing:
             causal_lm.activation_checkpointing_enable()
@@ -172,7 +185,7 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
     return Trace({phase: float(tracker.peaks[phase]) for phase in PHASES}, weights)
 
 
-def _adapted(causal_lm: PreTrainedModel, adapter: Adapter) -> nn.Module:
+def _adapted(causal_lm: PreTrainedModel, adapter: Adapter, device: str) -> nn.Module:
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=adapter.rank,
@@ -181,6 +194,10 @@ def _adapted(causal_lm: PreTrainedModel, adapter: Adapter) -> nn.Module:
     )
     model = PeftModelForCausalLM(causal_lm, settings)
     to_fp32(model)
+    if adapter.dropout and device == "cuda":
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout["default"] = _FusedDropout()
     return model
 
 
@@ -194,12 +211,12 @@ def _fill(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _quantise(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
+def _quantise(causal_lm: PreTrainedModel, adapter: Adapter, device: str) -> None:
     for block in transformer_blocks(causal_lm):
         for parent in list(block.modules()):
             for name, module in list(parent.named_children()):
                 if isinstance(module, LoraLayer):
-                    setattr(parent, name, _QuantisedAdapter(module, adapter))
+                    setattr(parent, name, _QuantisedAdapter(module, adapter, device != "cuda"))
                 elif isinstance(module, nn.Linear):
                     setattr(parent, name, _Quantised(module, adapter))
 

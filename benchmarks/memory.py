@@ -12,7 +12,7 @@ import click
 import numpy as np
 from transformers import AutoConfig
 
-from lacuna.plan.memory import GIB, Adapter, Step, chunk_of, total
+from lacuna.plan.memory import GIB, Adapter, Step, step_memory
 from lacuna.plan.shape import PROJECTIONS, model_shape
 from lacuna.plan.trace import trace_memory
 
@@ -37,20 +37,21 @@ def draw(random: np.random.Generator) -> tuple[str, str, Step]:
     bits = int(method[-1]) if method.startswith("qlora") else None
     adapter = Adapter(one_of((8, 16, 32, 64)), one_of(TARGETS), one_of((True, False)), bits, one_of((True, False)))
     step = Step(
-        rows=rows, length=length, bf16="fp32" not in method, checkpointing=one_of((True, False)), device=one_of(("cuda", "cpu")),
-        accumulates=one_of((True, False)), attention="eager" if is_eager else "sdpa",
+        rows=rows, length=length, bf16="fp32" not in method, checkpointing=one_of((True, False)),
+        device=one_of(("cuda", "cpu")), accumulates=one_of((True, False)), attention="eager" if is_eager else "sdpa",
         adapter=None if method.startswith("full") else adapter, chunk=one_of((None, 2**27 // 131072, 2**27 // 32768)),
     )  # fmt: skip
     return name, method, step
 
 
 def compare(name: str, step: Step) -> tuple[float, float]:
-    """Bytes that the trace counts, and the formula's share of them less one."""
+    """Bytes that the trace counts, and the formula's share of them less one; without what is no tensor."""
     config = AutoConfig.for_model(**MODELS[name])
     shape = model_shape(config.to_dict())
     assert shape is not None
+    sizes = step_memory(shape, step)
     traced = trace_memory(config, step).peak
-    return traced, total(shape, step) / traced - 1
+    return traced, (sum(sizes.values()) - sizes["framework"]) / traced - 1
 
 
 @click.command()
@@ -58,13 +59,21 @@ def compare(name: str, step: Step) -> tuple[float, float]:
 @click.option("--seed", default=0)
 def main(cases: int, seed: int) -> None:
     random = np.random.default_rng(seed)
-    errors: dict[str, list[float]] = {}
+    errors: dict[tuple[str, str], list[float]] = {}
+    outside = []
     for _ in range(cases):
         name, method, step = draw(random)
         traced, error = compare(name, step)
-        errors.setdefault(method, []).append(error)
+        errors.setdefault(("method", method), []).append(error)
+        errors.setdefault(("model", name), []).append(error)
         if not LOW < error < HIGH:
-            print(f"{error:+.1%} of {traced / GIB:.1f} GiB: {name}, {method}, {step}", flush=True)
+            outside.append(f"{error:+.1%} of {traced / GIB:.1f} GiB: {name}, {method}, {step}")
+    print("| | cases | lowest | highest | mean of sizes |\n|---|---|---|---|---|")
+    for (_, group), found in sorted(errors.items()):
+        mean = sum(map(abs, found)) / len(found)
+        print(f"| {group} | {len(found)} | {min(found):+.1%} | {max(found):+.1%} | {mean:.1%} |")
+    if outside:
+        sys.exit("\n".join(outside))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ width, less what it has freed by then, as counted in traces: by bf16, bits, drop
 has an adapter."""
 
 
+CAST_TRANSIENT = {(4, False): (12, 6), (4, True): (12, 10), (8, False): (8, 4), (8, True): (8, 8)}
+"""The same by bits and dropout, with an adapter in the MLP, where PEFT casts its inputs to fp32: see casts_inputs."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """LoRA on some projections of every layer."""
@@ -83,6 +87,14 @@ class Step:
     def stream_width(self) -> int:
         """Bytes of a number of the residual stream: without an adapter it is in fp32 under autocast too."""
         return self.width if self.adapter else 4
+
+
+def casts_inputs(step: Step, adapter: Adapter) -> bool:
+    """Whether an adapter's inputs are cast to fp32; for quantised weights PEFT knows CUDA's autocast alone.
+
+    # ref: peft/tuners/lora/bnb.py, requires_conversion
+    """
+    return step.bf16 and (adapter.bits is None or step.device != "cuda")
 
 
 def chunk_of(step: Step, vocabulary: int) -> int:
@@ -134,7 +146,7 @@ def _attention_kept(shape: ModelShape, step: Step) -> float:
 def _adapter_kept(shape: ModelShape, step: Step, adapter: Adapter) -> float:
     """Bytes of a token: inputs of LoRA's two matrices, and the dropout's mask."""
     width = step.width
-    casts = step.bf16 and (adapter.bits is None or step.device != "cuda")
+    casts = casts_inputs(step, adapter)
     inputs = {name: shape.widths[name][0] for name in adapter.targets}
     kept = float(width * adapter.rank * len(inputs))
     if adapter.dropout:
@@ -281,6 +293,8 @@ def _transient(shape: ModelShape, step: Step) -> float:
     else:
         adapts_mlp = not set(PROJECTIONS[4:]).isdisjoint(adapter.targets)
         candidates = [ADAPTER_TRANSIENT[step.bf16, adapter.bits, adapter.dropout, adapts_mlp]]
+        if adapter.bits and adapts_mlp and casts_inputs(step, adapter):
+            candidates = [CAST_TRANSIENT[adapter.bits, adapter.dropout]]
     most = max(hidden * shape.hidden + mlp * shape.mlp for hidden, mlp in candidates)
     if step.attention == "eager":
         scores = (6 if step.bf16 else 8) * shape.heads * step.length

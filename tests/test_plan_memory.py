@@ -102,7 +102,7 @@ def test_the_formula_is_the_traced_peak(name: str, step: Step) -> None:
 @pytest.mark.parametrize(("name", "layers"), [("Llama-3.2-1B", 6), ("Gemma-2-2B", 7)])
 def test_two_shallow_models_give_a_deeper_one(name: str, layers: int) -> None:
     config = AutoConfig.for_model(**{**MODELS[name], "num_hidden_layers": layers})
-    step = lora(16, QV, True, length=256)
+    step = lora(16, QV, True, length=256, attention="eager")
     extended, traced = trace.trace_memory(config, step), trace._trace_depth(config, step, layers)
     assert extended.peaks == pytest.approx(traced.peaks, rel=1e-3)
     assert extended.weights == pytest.approx(traced.weights)

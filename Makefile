@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test lint coverage bench
+.PHONY: install torchtune quickstart test lint coverage bench memory
 
 install: .venv/installed
 
@@ -44,3 +44,6 @@ bench: install torchtune
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/generate.py
+
+memory: install
+	$(BIN)/python benchmarks/memory.py

@@ -1,6 +1,6 @@
 """Draw docs/picture.svg from the runs of `make quickstart`: what was learned, and how the rows were packed.
 
-docs/sample.svg is what `lacuna data` shows of the same data.
+docs/sample.svg is what `lacuna data` shows of the same data, docs/memory.svg what a step of an 8B model takes.
 """
 
 import io
@@ -17,6 +17,8 @@ from lacuna.data.chat import Renderer
 from lacuna.data.loader import PackedRow, load_rows, row_order
 from lacuna.data.preview import preview
 from lacuna.data.preview_text import show
+from lacuna.plan.memory import GIB, Adapter, Step, step_memory
+from lacuna.plan.shape import ModelShape
 from lacuna.runs.metrics import read_metrics
 
 WIDTH, HEIGHT = 960, 330
@@ -85,7 +87,51 @@ def in_colour(config: SFTConfig, renderer: Renderer) -> str:
     return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
 
 
+LLAMA_8B = ModelShape("llama", 4096, 32, 14336, 32, 8, 128, 128256, tied=False)
+METHODS = {"full": None, "LoRA": Adapter(16), "QLoRA": Adapter(16, bits=4)}
+PARTS = {
+    "weights": "#1f4e9c", "gradients": "#2f6feb", "optimizer": "#8db4ff", "activations": "#d9822b",
+    "logits and loss": "#f2c14e", "other": FAINT,
+}  # fmt: skip
+
+
+def memory_bars() -> str:
+    """What a step of Llama 3.1 8B takes, by method, without checkpointing and with it."""
+    shapes = [
+        text(30, 32, "Llama 3.1 8B, bf16, 4 rows of 4,096 tokens, one H100: GiB at a step's peak", 15, weight="bold")
+    ]
+    y = 50
+    for method, adapter in METHODS.items():
+        for checkpointing in (False, True):
+            step = Step(4, 4096, True, checkpointing, attention="flash_attention_2", adapter=adapter)
+            sizes = step_memory(LLAMA_8B, step)
+            sizes["other"] = sizes.pop("inputs") + sizes.pop("framework")
+            shapes.append(text(30, y + 16, f"{method}{', checkpointing' if checkpointing else ''}"))
+            x = 190.0
+            for part, colour in PARTS.items():
+                width = sizes[part] / GIB * 2.2
+                shapes.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="22" fill="{colour}"/>')
+                x += width
+            shapes.append(text(x + 6, y + 16, f"{sum(sizes.values()) / GIB:.0f}"))
+            y += 30
+    limit = 190 + 79.1 * 2.2
+    shapes.append(f'<line x1="{limit}" x2="{limit}" y1="44" y2="{y}" stroke="{INK}" stroke-dasharray="4 3"/>')
+    shapes.append(text(limit + 4, y + 4, "80 GB", 12))
+    for index, (part, colour) in enumerate(PARTS.items()):
+        x = 190 + 125 * index
+        shapes.append(f'<rect x="{x}" y="{y + 22}" width="12" height="12" fill="{colour}"/>')
+        shapes.append(text(x + 18, y + 33, part, 12))
+    return picture(shapes, y + 50)
+
+
+def picture(shapes: list[str], height: int) -> str:
+    style = 'font-family="system-ui, sans-serif"'
+    body = "\n".join([f'<rect width="{WIDTH}" height="{height}" fill="white"/>', *shapes])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {style}>\n{body}\n</svg>\n'
+
+
 def main() -> None:
+    Path("docs/memory.svg").write_text(memory_bars(), encoding="utf-8")
     layer = read_layer("examples/quickstart/sft.toml")
     config = check(SFTConfig, *merge_layers([layer], ALTERNATIVES))
     tokenizer = AutoTokenizer.from_pretrained(config.model_name)
@@ -101,10 +147,7 @@ def main() -> None:
         text(620, 285, "grey: conversations, which never see each other", 12, FAINT),
         text(620, 303, "blue: the assistant's words, which alone are learned", 12, LEARNED),
     ]
-    style = 'font-family="system-ui, sans-serif"'
-    body = "\n".join([f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *shapes])
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style}>\n{body}\n</svg>\n'
-    Path("docs/picture.svg").write_text(svg, encoding="utf-8")
+    Path("docs/picture.svg").write_text(picture(shapes, HEIGHT), encoding="utf-8")
 
 
 if __name__ == "__main__":

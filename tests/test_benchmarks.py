@@ -48,3 +48,12 @@ def test_generate_compares_the_same_configs() -> None:
     assert programs == ["lacuna", "lacuna with torchtune's checks", "OmegaConf", "Hydra", "floor"]
     assert rows[0][4] == "1.00"
     assert all(row[0] == "5" and float(row[2]) >= 0 and float(row[3]) >= 0 and float(row[4]) > 0 for row in rows)
+
+
+def test_memory_compares_formula_and_trace() -> None:
+    """It ends with an error where they differ by more than is allowed."""
+    words = [sys.executable, str(BENCHMARKS / "memory.py"), "--cases", "3", "--seed", "1"]
+    outcome = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in outcome.stdout.splitlines()[2:]]
+    assert sum(int(row[1]) for row in rows) == 2 * 3

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import SCRIPTS
 from fixtures import write_chat
 from hub_server import serve
-from lacuna.platform import memory
+from lacuna.plan.memory import GIB, Adapter, Step, step_memory
+from lacuna.plan.shape import ModelShape
 from test_hub import write_qwen
 
 ROOT = Path(__file__).parent.parent
@@ -232,18 +234,39 @@ def test_the_presets_say_what_they_would_do_and_what_is_missing(command: str, ch
     assert "would stop: data/processed/train.jsonl: no such file" in printed
 
 
-def test_the_memory_table_is_the_formulas() -> None:
-    shape = memory.Shape(4096, 32, 14336, 4096, 1024, 32768, tied=False)
-    lines = (ROOT / "docs" / "qlora.md").read_text().splitlines()
-    rows = [line.strip("|").split("|") for line in lines if re.search(r"\| (\*\*)?q?lora", line)]
-    assert len(rows) == 9
-    for row in rows:
-        _, method, length, batch, checkpointing, frozen, activations, everything = (cell.strip(" *") for cell in row)
-        bits = 4 if method == "qlora" else 16
-        step = memory.Step(int(batch), int(length), bits, 16, checkpointing == "yes", bf16=True)
-        parts = memory.step_memory(shape, step)
-        found = [parts["frozen weights"], parts["activations"], sum(parts.values())]
-        assert [f"{size / memory.GIB:.1f}" for size in found] == [frozen, activations, everything]
+MISTRAL_7B = ModelShape("llama", 4096, 32, 14336, 32, 8, 128, 32768, tied=False)
+ON: dict[str, dict[str, Any]] = {
+    "H100, 80 GB": {"device": "cuda", "attention": "flash_attention_2"},
+    "Mac, 32 GB": {"device": "mps", "attention": "sdpa"},
+}
+
+
+def cells(page: str, pattern: str) -> list[list[str]]:
+    """Of the lines of tables that begin so."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines if re.match(pattern, line)]
+
+
+def test_the_memory_of_the_presets_is_the_formulas() -> None:
+    rows = cells("qlora.md", r"\| .*\| (\*\*)?q?lora")
+    assert len(rows) == 10
+    machine = ""
+    for name, method, length, batch, checkpointing, weights, activations, everything in rows:
+        machine = name or machine
+        adapter = Adapter(16, bits=4 if method == "qlora" else None)
+        step = Step(int(batch), int(length), True, checkpointing == "yes", adapter=adapter, **ON[machine])
+        sizes = step_memory(MISTRAL_7B, step)
+        found = [sizes["weights"], sizes["activations"], sum(sizes.values())]
+        assert [f"{size / GIB:.1f}" for size in found] == [weights, activations, everything]
+
+
+def test_the_worked_example_is_the_formulas() -> None:
+    step = Step(4, 4096, True, True, attention="flash_attention_2", adapter=Adapter(16, bits=4))
+    sizes = step_memory(MISTRAL_7B, step)
+    shown = {
+        row[0]: row[-1] for row in cells("memory.md", r"\| (weights|gradients|optimizer|inputs|frame|activ|logits|all)")
+    }
+    assert shown == {name: f"{size / GIB:.2f}" for name, size in {**sizes, "all": sum(sizes.values())}.items()}
 
 
 def test_the_errors_that_the_readme_shows(tmp_path: Path) -> None:

@@ -19,21 +19,24 @@ CONTEXT = {"cuda": 0.75 * GIB, "mps": 0.5 * GIB, "cpu": 0.0}
 SAME_INPUT = (PROJECTIONS[:3], PROJECTIONS[3:4], PROJECTIONS[4:6], PROJECTIONS[6:])
 """Projections that read the same tensor."""
 
-FULL_TRANSIENT = {False: (7.0, 8.0), True: (5.0, 3.6)}
+FULL_TRANSIENT = {False: (0.0, 8.0), True: (5.0, 2.0)}
 ADAPTER_TRANSIENT = {
-    (False, None, True, True): (15.0, 4.0), (False, None, True, False): (2.5, 12.2),
-    (False, None, False, True): (2.0, 8.2), (False, None, False, False): (2.5, 12.0),
-    (True, None, True, True): (14.0, 9.3), (True, None, True, False): (4.0, 6.4),
-    (True, None, False, True): (14.0, 5.4), (True, None, False, False): (4.0, 6.2),
-    (False, 4, True, True): (18.0, 4.0), (False, 4, True, False): (2.5, 12.2),
-    (False, 4, False, True): (6.0, 8.0), (False, 4, False, False): (5.0, 11.2),
-    (True, 4, True, True): (19.0, 0.8), (True, 4, True, False): (3.0, 6.3),
-    (True, 4, False, True): (7.5, 4.0), (True, 4, False, False): (9.0, 4.3),
-    (True, 8, True, True): (20.0, 4.2), (True, 8, True, False): (5.0, 6.4),
-    (True, 8, False, True): (14.0, 9.0), (True, 8, False, False): (10.0, 5.2),
+    (False, None, False, False): (0, 12), (False, None, False, True): (0, 8),
+    (False, None, True, False): (0, 12), (False, None, True, True): (12, 4),
+    (True, None, False, False): (2, 6), (True, None, False, True): (10, 6),
+    (True, None, True, False): (2, 6), (True, None, True, True): (10, 10),
+    (True, 4, False, False): (2, 6), (True, 4, False, True): (6, 4),
+    (True, 4, True, False): (2, 6), (True, 4, True, True): (12, 2),
+    (True, 8, False, False): (0, 4), (True, 8, False, True): (0, 4),
+    (True, 8, True, False): (-2, 4), (True, 8, True, True): (8, 0),
 }  # fmt: skip
-"""Bytes of a token that a layer's backward pass takes for a while, for each unit of hidden size and of MLP width, as
-fitted to traces: by bf16; by bf16, bits, dropout, and whether a projection of the MLP has an adapter."""
+"""Bytes of a token that the backward pass of a layer's MLP takes for a while, for each unit of hidden size and of MLP
+width, less what it has freed by then, as counted in traces: by bf16, bits, dropout, and whether a projection of the MLP
+has an adapter."""
+
+
+CAST_TRANSIENT = {(4, False): (12, 6), (4, True): (12, 10), (8, False): (8, 4), (8, True): (8, 8)}
+"""The same by bits and dropout, with an adapter in the MLP, where PEFT casts its inputs to fp32: see casts_inputs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,19 @@ class Step:
     def width(self) -> int:
         """Bytes of a number that is computed with."""
         return 2 if self.bf16 else 4
+
+    @property
+    def stream_width(self) -> int:
+        """Bytes of a number of the residual stream: without an adapter it is in fp32 under autocast too."""
+        return self.width if self.adapter else 4
+
+
+def casts_inputs(step: Step, adapter: Adapter) -> bool:
+    """Whether an adapter's inputs are cast to fp32; for quantised weights PEFT knows CUDA's autocast alone.
+
+    # ref: peft/tuners/lora/bnb.py, requires_conversion
+    """
+    return step.bf16 and (adapter.bits is None or step.device != "cuda")
 
 
 def chunk_of(step: Step, vocabulary: int) -> int:
@@ -130,7 +146,7 @@ def _attention_kept(shape: ModelShape, step: Step) -> float:
 def _adapter_kept(shape: ModelShape, step: Step, adapter: Adapter) -> float:
     """Bytes of a token: inputs of LoRA's two matrices, and the dropout's mask."""
     width = step.width
-    casts = adapter.bits is None and step.bf16
+    casts = casts_inputs(step, adapter)
     inputs = {name: shape.widths[name][0] for name in adapter.targets}
     kept = float(width * adapter.rank * len(inputs))
     if adapter.dropout:
@@ -181,9 +197,11 @@ def _fixed(shape: ModelShape, step: Step) -> dict[str, float]:
         each = QUANTISED_BYTES[bits, step.adapter.double] if bits else step.width
         weights += each * matrices + step.width * (shape.parameters - matrices)
     copies = 2 if step.adapter and step.processes > 1 else 1
-    inputs = step.tokens * (32 + 2 * shape.head_dimension * (step.width if step.adapter else 4))
+    rotations = 2 if shape.family == "gemma3" else 1
+    inputs = step.tokens * (32 + rotations * 2 * shape.head_dimension * step.stream_width)
     if step.attention != "flash_attention_2":
-        inputs += step.tokens * step.length
+        masks = 2 if shape.norms_twice else 1
+        inputs += step.tokens * step.length * masks * (step.stream_width if step.attention == "eager" else 1)
     return {
         "weights": weights + _gathered(shape, step),
         "gradients": 4.0 * trained * copies,
@@ -204,8 +222,7 @@ def _gathered(shape: ModelShape, step: Step) -> float:
 
 
 def _stream(shape: ModelShape, step: Step) -> float:
-    """Bytes of the residual stream; without an adapter it is in fp32 under autocast too."""
-    return float(step.tokens * shape.hidden * (step.width if step.adapter else 4))
+    return float(step.tokens * shape.hidden * step.stream_width)
 
 
 def _casts(shape: ModelShape, step: Step) -> float:
@@ -251,9 +268,9 @@ def _in_backward(shape: ModelShape, step: Step) -> dict[str, float]:
 
 
 def _at_embedding(shape: ModelShape, step: Step) -> dict[str, float]:
-    """At the end of the backward pass, where the embedding's gradient is added to others: a tied head's, which has
-    waited for it, and that of earlier passes."""
-    waiting = 2 if shape.tied else int(step.accumulates)
+    """At the end of the backward pass, where the embedding's gradient is made beside that of earlier passes, and is
+    added to that of a tied head, which has waited for it, as a third tensor."""
+    waiting = 2 * shape.tied + step.accumulates
     return {"activations": 3 * _stream(shape, step), "logits and loss": 4.0 * shape.embedding * waiting}
 
 
@@ -268,7 +285,7 @@ def _transient(shape: ModelShape, step: Step) -> float:
     """Bytes that come and go in a layer's backward pass, at their most."""
     adapter, tokens = step.adapter, step.tokens
     if adapter is None:
-        candidates = [FULL_TRANSIENT[step.bf16]]
+        candidates: list[tuple[float, float]] = [FULL_TRANSIENT[step.bf16]]
         if step.bf16 and shape.norms_twice:
             candidates.append((21.0, 0.0))
         if step.bf16 and not step.checkpointing:
@@ -276,6 +293,8 @@ def _transient(shape: ModelShape, step: Step) -> float:
     else:
         adapts_mlp = not set(PROJECTIONS[4:]).isdisjoint(adapter.targets)
         candidates = [ADAPTER_TRANSIENT[step.bf16, adapter.bits, adapter.dropout, adapts_mlp]]
+        if adapter.bits and adapts_mlp and casts_inputs(step, adapter):
+            candidates = [CAST_TRANSIENT[adapter.bits, adapter.dropout]]
     most = max(hidden * shape.hidden + mlp * shape.mlp for hidden, mlp in candidates)
     if step.attention == "eager":
         scores = (6 if step.bf16 else 8) * shape.heads * step.length

@@ -92,19 +92,32 @@ class _Quantised(nn.Module):
         return product
 
 
-class _QuantisedAdapter(nn.Module):
-    """One with an adapter, as PEFT has it. # ref: peft/tuners/lora/bnb.py"""
+class _FusedDropout(nn.Module):
+    """CUDA's, which keeps a byte for a number; a CPU's keeps the factors."""
 
-    def __init__(self, adapted: Any, adapter: Adapter) -> None:
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.native_dropout(inputs, 0.05, True)[0]
+
+
+class _QuantisedAdapter(nn.Module):
+    """One with an adapter, as PEFT has it: it looks for CUDA's autocast alone, and elsewhere casts its inputs to fp32.
+
+    # ref: peft/tuners/lora/bnb.py, requires_conversion
+    """
+
+    def __init__(self, adapted: Any, adapter: Adapter, casts: bool) -> None:
         super().__init__()
         self.base = _Quantised(adapted.base_layer, adapter)
         self.first, self.second = adapted.lora_A["default"], adapted.lora_B["default"]
-        self.dropout = nn.Dropout(0.05 if adapter.dropout else 0.0)
+        self.dropout = adapted.lora_dropout["default"]
+        self.casts = casts
 
     def forward(self, inputs: Tensor) -> Tensor:
         product = self.base(inputs)
         result: Tensor = product.clone() if self.base.bits == 4 else product
-        return result + self.second(self.first(self.dropout(inputs))) * 2.0
+        inputs = inputs.float() if self.casts else inputs
+        change = self.second(self.first(self.dropout(inputs))) * 2.0
+        return result + change.to(result.dtype)
 
 
 @dataclass(frozen=True)
@@ -122,11 +135,12 @@ class Trace:
 def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     """Trace a step at two small depths and extend it to the model's own.
 
-    config: of a decoder whose layers are alike, or repeat a pattern of layer types.
+    config: of a decoder whose layers are alike, or repeat a pattern of layer types. Both depths have a layer of every
+    type below the last one, so that the masks of all types are there until then, as in a deep model.
     """
     text = config.get_text_config()
     period = _period(text.to_dict().get("layer_types") or ["alike"])
-    depths = (2 * period, 4 * period) if period == 1 else (period, 2 * period)
+    depths = (period + 1, 2 * period + 1)
     if text.num_hidden_layers <= depths[1]:
         return _trace_depth(config, step, text.num_hidden_layers)
     shallow, deep = (_trace_depth(config, step, depth) for depth in depths)
@@ -157,21 +171,21 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
             dtype=dtype if step.adapter else torch.float32,
             attn_implementation="eager" if step.attention == "eager" else "sdpa",
         )
-        model = _adapted(causal_lm, step.adapter) if step.adapter else causal_lm
+        model = _adapted(causal_lm, step.adapter, step.device) if step.adapter else causal_lm
     with FakeTensorMode(), MemoryTracker() as tracker:
         tracker.enter("weights")
         _fill(model)
         causal_lm.tie_weights()
         if step.adapter and step.adapter.bits:
-            _quantise(causal_lm, step.adapter)
+            _quantise(causal_lm, step.adapter, step.device)
         weights = tracker.live
         if step.checkpointing:
             causal_lm.activation_checkpointing_enable()
-        _two_steps(model.train(), causal_lm, step, dtype, tracker)
+        _take_step(model.train(), causal_lm, step, dtype, tracker)
     return Trace({phase: float(tracker.peaks[phase]) for phase in PHASES}, weights)
 
 
-def _adapted(causal_lm: PreTrainedModel, adapter: Adapter) -> nn.Module:
+def _adapted(causal_lm: PreTrainedModel, adapter: Adapter, device: str) -> nn.Module:
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=adapter.rank,
@@ -180,6 +194,10 @@ def _adapted(causal_lm: PreTrainedModel, adapter: Adapter) -> nn.Module:
     )
     model = PeftModelForCausalLM(causal_lm, settings)
     to_fp32(model)
+    if adapter.dropout and device == "cuda":
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout["default"] = _FusedDropout()
     return model
 
 
@@ -193,36 +211,38 @@ def _fill(model: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _quantise(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
+def _quantise(causal_lm: PreTrainedModel, adapter: Adapter, device: str) -> None:
     for block in transformer_blocks(causal_lm):
         for parent in list(block.modules()):
             for name, module in list(parent.named_children()):
                 if isinstance(module, LoraLayer):
-                    setattr(parent, name, _QuantisedAdapter(module, adapter))
+                    setattr(parent, name, _QuantisedAdapter(module, adapter, device != "cuda"))
                 elif isinstance(module, nn.Linear):
                     setattr(parent, name, _Quantised(module, adapter))
 
 
-def _two_steps(
+def _take_step(
     model: nn.Module, causal_lm: PreTrainedModel, step: Step, dtype: torch.dtype, tracker: MemoryTracker
 ) -> None:
-    """The second step is the one that counts: the optimizer's moments are there from its first."""
+    """The last forward and backward pass before an update, and the update, with the optimizer's moments there."""
     blocks = transformer_blocks(causal_lm)
     blocks[-1].register_full_backward_hook(lambda *_: tracker.enter("backward"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not step.accumulates:
+        optimizer.zero_grad()
     ids, positions = torch.zeros(2, step.rows, step.length, dtype=torch.int64)
     predicting, targets = torch.zeros(2, step.rows * (step.length - 1), dtype=torch.int64)
     arguments: Any = {"position_ids": positions, "predicting": predicting, "targets": targets}
     chunk = chunk_of(step, causal_lm.config.get_text_config().vocab_size)
-    for _ in range(2):
-        for _ in range(2 if step.accumulates else 1):
-            tracker.enter("forward")
-            loss = supervised_loss(causal_lm, ids, **arguments, scale=1.0, dtype=dtype, chunked=True, chunk=chunk)
-            tracker.enter("last layer's backward")
-            loss.backward()
-            del loss
-        tracker.enter("update")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    tracker.enter("forward")
+    loss = supervised_loss(causal_lm, ids, **arguments, scale=1.0, dtype=dtype, chunked=True, chunk=chunk)
+    tracker.enter("last layer's backward")
+    loss.backward()
+    del loss
+    tracker.enter("update")
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()

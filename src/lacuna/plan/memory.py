@@ -107,21 +107,17 @@ def kept_of_layer(shape: ModelShape, step: Step) -> float:
     """Bytes that the backward pass of a layer needs, without its weights."""
     width, is_frozen = step.width, step.adapter is not None
     hidden, mlp = (8, 3 * width) if is_frozen else ({2: 26, 4: 24}[width], 4 * width)
-    queries = 2 * width
-    small = 8.0
+    small, of_heads = 8.0, 0
     if shape.norms_heads:
         of_heads = 4 if is_frozen else 6 if step.bf16 and shape.family == "qwen3" else 8
-        queries += of_heads
         small += 4 * (shape.heads + shape.key_value_heads)
-    else:
-        of_heads = 0
     if shape.norms_twice:
         hidden += 8 if is_frozen else 16
         small += 8
     repeated = _repeated(shape, step)
-    kept = hidden * shape.hidden + (queries + repeated * width) * shape.attention
+    kept = small + hidden * shape.hidden + (2 * width + of_heads + repeated * width) * shape.attention
     kept += ((2 - repeated) * width + of_heads) * shape.key_value
-    kept += mlp * shape.mlp + small + _attention_kept(shape, step)
+    kept += mlp * shape.mlp + _attention_kept(shape, step)
     return step.tokens * (kept + (_adapter_kept(shape, step, step.adapter) if step.adapter else 0))
 
 

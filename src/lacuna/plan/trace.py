@@ -5,6 +5,7 @@ model of any size is traced in seconds on any machine. Layers are alike: two sma
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class MemoryTracker(TorchDispatchMode):
     """Bytes of all tensors that are alive, and their peak in each phase."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}
@@ -88,8 +89,8 @@ class _Quantised(nn.Module):
         self.packed = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        product: Tensor = _PackedProduct.apply(inputs, self.shape, self.bits == 8)
-        return product
+        apply: Callable[..., Tensor] = _PackedProduct.apply
+        return apply(inputs, self.shape, self.bits == 8)
 
 
 class _FusedDropout(nn.Module):
@@ -117,7 +118,8 @@ class _QuantisedAdapter(nn.Module):
         result: Tensor = product.clone() if self.base.bits == 4 else product
         inputs = inputs.float() if self.casts else inputs
         change = self.second(self.first(self.dropout(inputs))) * 2.0
-        return result + change.to(result.dtype)
+        total: Tensor = result + change.to(result.dtype)
+        return total
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     share = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
 
     def extended(first: float, second: float) -> float:
-        return first + share * (second - first)
+        longer: float = first + share * (second - first)
+        return longer
 
     peaks = {phase: extended(shallow.peaks[phase], deep.peaks[phase]) for phase in PHASES}
     return Trace(peaks, extended(shallow.weights, deep.weights))

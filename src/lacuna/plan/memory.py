@@ -119,7 +119,7 @@ def kept_of_layer(shape: ModelShape, step: Step) -> float:
         hidden += 8 if is_frozen else 16
         small += 8
     repeated = _repeated(shape, step)
-    kept = hidden * shape.hidden + (queries + repeated * width) * shape.attention
+    kept: float = hidden * shape.hidden + (queries + repeated * width) * shape.attention
     kept += ((2 - repeated) * width + of_heads) * shape.key_value
     kept += mlp * shape.mlp + small + _attention_kept(shape, step)
     return step.tokens * (kept + (_adapter_kept(shape, step, step.adapter) if step.adapter else 0))

@@ -30,7 +30,7 @@ class MemoryTracker(TorchDispatchMode):
     """Bytes of all tensors that are alive, and their peak in each phase."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.phase = ""
         self.peaks: dict[str, int] = {}
@@ -88,7 +88,7 @@ class _Quantised(nn.Module):
         self.packed = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        product: Tensor = _PackedProduct.apply(inputs, self.shape, self.bits == 8)
+        product: Tensor = _PackedProduct.apply(inputs, self.shape, self.bits == 8)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -116,7 +116,7 @@ class _QuantisedAdapter(nn.Module):
         product = self.base(inputs)
         result: Tensor = product.clone() if self.base.bits == 4 else product
         inputs = inputs.float() if self.casts else inputs
-        change = self.second(self.first(self.dropout(inputs))) * 2.0
+        change: Tensor = self.second(self.first(self.dropout(inputs))) * 2.0
         return result + change.to(result.dtype)
 
 
@@ -144,7 +144,7 @@ def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     if text.num_hidden_layers <= depths[1]:
         return _trace_depth(config, step, text.num_hidden_layers)
     shallow, deep = (_trace_depth(config, step, depth) for depth in depths)
-    share = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
+    share: float = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
 
     def extended(first: float, second: float) -> float:
         return first + share * (second - first)

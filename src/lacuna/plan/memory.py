@@ -20,6 +20,7 @@ SAME_INPUT = (PROJECTIONS[:3], PROJECTIONS[3:4], PROJECTIONS[4:6], PROJECTIONS[6
 """Projections that read the same tensor."""
 
 FULL_TRANSIENT = {False: (0.0, 8.0), True: (5.0, 2.0)}
+"""By bf16: as the next one, without an adapter."""
 ADAPTER_TRANSIENT = {
     (False, None, False, False): (0, 12), (False, None, False, True): (0, 8),
     (False, None, True, False): (0, 12), (False, None, True, True): (12, 4),
@@ -33,8 +34,6 @@ ADAPTER_TRANSIENT = {
 """Bytes of a token that the backward pass of a layer's MLP takes for a while, for each unit of hidden size and of MLP
 width, less what it has freed by then, as counted in traces: by bf16, bits, dropout, and whether a projection of the MLP
 has an adapter."""
-
-
 CAST_TRANSIENT = {(4, False): (12, 6), (4, True): (12, 10), (8, False): (8, 4), (8, True): (8, 8)}
 """The same by bits and dropout, with an adapter in the MLP, where PEFT casts its inputs to fp32: see casts_inputs."""
 

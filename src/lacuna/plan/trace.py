@@ -146,7 +146,7 @@ def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     if text.num_hidden_layers <= depths[1]:
         return _trace_depth(config, step, text.num_hidden_layers)
     shallow, deep = (_trace_depth(config, step, depth) for depth in depths)
-    share = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
+    share: float = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
 
     def extended(first: float, second: float) -> float:
         longer: float = first + share * (second - first)

@@ -66,8 +66,8 @@ def plan(run: Run, *words: object, code: int = 0) -> dict[str, Any]:
 
 
 GOLDEN = {
-    ("training_config_h100.yaml", "mistral.yaml", "h100"): (7_289_966_592, 41_943_040, 14.5, 0.47, 2.5),
-    ("training_config_m4.yaml", "mistral.yaml", "m4-32gb"): (7_289_966_592, 41_943_040, 7.2, 0.47, 2.5),
+    ("training_config_h100.yaml", "mistral.yaml", "h100"): (7_289_966_592, 41_943_040, 14.3, 0.47, 2.5),
+    ("training_config_m4.yaml", "mistral.yaml", "m4-32gb"): (7_289_966_592, 41_943_040, 7.4, 0.47, 2.5),
     ("training_config_m4.yaml", "mistral.yaml", "h100"): (7_289_966_592, 41_943_040, 6.4, 0.47, 2.5),
     ("sft_qwen.toml", "qwen.toml", "h100"): (494_032_768, 494_032_768, 39.3, 5.52, 23.0),
     ("pretrain_qwen.toml", "qwen.toml", "h100"): (494_032_768, 494_032_768, 24.2, 5.52, 23.0),

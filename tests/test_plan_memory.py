@@ -48,6 +48,7 @@ CASES: list[tuple[str, Step]] = [
     ("SmolLM2-135M", full("fp32", **PLAIN)),
     ("SmolLM2-135M", full("bf16", **PLAIN, **ONCE, rows=8, length=512)),
     ("SmolLM2-135M", lora(8, QV, True, precision="fp32", **CPU)),
+    ("SmolLM2-135M", lora(16, ALL, True, bits=4, precision="fp32", **CPU)),
     ("SmolLM2-135M", lora(64, ALL, False, bits=8, **ONCE)),
     ("Llama-3.2-1B", full("bf16")),
     ("Llama-3.2-1B", full("fp32", **PLAIN, **ONCE, rows=1)),

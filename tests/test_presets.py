@@ -63,15 +63,15 @@ def test_the_memory_that_a_preset_wants_is_that_of_its_step(kind: str) -> None:
     attention = {"cuda": "sdpa", "mps": "eager"}[kind]
     step = Step(training.batch_size, training.sequence_length, True, True, kind, attention=attention, adapter=adapter)
     assert fits(MISTRAL_7B, step, needed)
-    assert not fits(MISTRAL_7B, step, needed - GIB)
+    assert not fits(MISTRAL_7B, step, needed - 2 * GIB)
 
 
 def test_auto_is_replaced_where_it_stands() -> None:
     files, why = replace_auto(["a.yaml", "auto", "b.yaml"], [named_device("h100")])
     assert [Path(file).name for file in files] == ["a.yaml", "training_config_h100.yaml", "b.yaml"]
     assert why.endswith("training_config_h100.yaml (NVIDIA H100 80GB HBM3 has 79.1 GiB for it, and it takes 17)")
-    with pytest.raises(ConfigError, match=r"--config auto: no preset fits this machine: Tesla T4 has 14.6 GiB"):
-        replace_auto(["auto"], [Device("cuda", "Tesla T4", int(14.6 * GIB))])
+    with pytest.raises(ConfigError, match=r"--config auto: no preset fits this machine: NVIDIA A2 has 14.6 GiB"):
+        replace_auto(["auto"], [Device("cuda", "NVIDIA A2", int(14.6 * GIB))])
 
 
 def test_auto_on_a_machine_without_a_gpu_says_what_to_do(run: Run) -> None:

@@ -24,6 +24,7 @@ FULL_TRANSIENT = {False: (0.0, 8.0), True: (5.0, 2.0)}
 ADAPTER_TRANSIENT = {
     (False, None, False, False): (0, 12), (False, None, False, True): (0, 8),
     (False, None, True, False): (0, 12), (False, None, True, True): (12, 4),
+    (False, 4, False, True): (4, 8), (False, 4, True, True): (16, 4),
     (True, None, False, False): (2, 6), (True, None, False, True): (10, 6),
     (True, None, True, False): (2, 6), (True, None, True, True): (10, 10),
     (True, 4, False, False): (2, 6), (True, 4, False, True): (6, 4),
@@ -287,7 +288,8 @@ def _transient(shape: ModelShape, step: Step) -> float:
             candidates.append((26.0, 0.0))
     else:
         adapts_mlp = not set(PROJECTIONS[4:]).isdisjoint(adapter.targets)
-        candidates = [ADAPTER_TRANSIENT[step.bf16, adapter.bits, adapter.dropout, adapts_mlp]]
+        bits = adapter.bits if step.bf16 or adapter.bits == 4 and adapts_mlp else None
+        candidates = [ADAPTER_TRANSIENT[step.bf16, bits, adapter.dropout, adapts_mlp]]
         if adapter.bits and adapts_mlp and casts_inputs(step, adapter):
             candidates = [CAST_TRANSIENT[adapter.bits, adapter.dropout]]
     most = max(hidden * shape.hidden + mlp * shape.mlp for hidden, mlp in candidates)

@@ -13,7 +13,7 @@ from lacuna.platform.detect import GIB, Device
 
 FOLDER = Path(__file__).parents[1] / "configs"
 AUTO = "auto"
-BY_DEVICE = {"cuda": ("training_config_h100.yaml", 17 * GIB), "mps": ("training_config_m4.yaml", 8 * GIB)}
+BY_DEVICE = {"cuda": ("training_config_h100.yaml", 17 * GIB), "mps": ("training_config_m4.yaml", 9 * GIB)}
 """Type of a device to its preset and the memory in which a step of it fits without flash-attn (docs/memory.md)."""
 
 

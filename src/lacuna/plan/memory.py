@@ -288,7 +288,7 @@ def _transient(shape: ModelShape, step: Step) -> float:
             candidates.append((26.0, 0.0))
     else:
         adapts_mlp = not set(PROJECTIONS[4:]).isdisjoint(adapter.targets)
-        bits = adapter.bits if step.bf16 or adapter.bits == 4 and adapts_mlp else None
+        bits = adapter.bits if step.bf16 or (adapter.bits == 4 and adapts_mlp) else None
         candidates = [ADAPTER_TRANSIENT[step.bf16, bits, adapter.dropout, adapts_mlp]]
         if adapter.bits and adapts_mlp and casts_inputs(step, adapter):
             candidates = [CAST_TRANSIENT[adapter.bits, adapter.dropout]]

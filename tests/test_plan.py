@@ -184,6 +184,19 @@ def test_a_model_of_another_kind_has_no_made_up_memory(run: Run, here: Path, cha
     assert (found["memory"], found["parameters"]) == (None, None)
     assert "its layers are of a kind that the formula does not know; --trace does" in found["notes"][0]
     assert plan(run, "gpt2.toml", "--device", "h100", "--trace")["peak"] > GIB / 2
+    (here / "adapter.yaml").write_text(
+        "model: {path: gpt2}\ndataset: {path: d.jsonl}\ntraining: {target_modules: [c_attn], sequence_length: 64}\n"
+    )
+    assert plan(run, "adapter.yaml", "--device", "h100")["memory"] is None
+    assert plan(run, "adapter.yaml", "--device", "h100", "--trace")["peak"] > GIB / 2
+
+
+def test_adapters_on_layers_that_a_model_does_not_have(run: Run, here: Path) -> None:
+    (here / "adapter.yaml").write_text(
+        "model: {path: mistral}\ndataset: {path: d.jsonl}\ntraining: {target_modules: [q_proj, c_attn]}\n"
+    )
+    found = plan(run, "adapter.yaml", "--device", "h100")
+    assert (found["memory"], found["notes"]) == (None, ["target_modules: mistral has no c_attn"])
 
 
 # Experiments

@@ -129,8 +129,7 @@ def adapter_of(config: Config) -> Adapter | None:
     if not isinstance(config, FinetuneConfig):
         return None
     training = config.training
-    named = training.target_modules or PROJECTIONS
-    targets = tuple(name for name in PROJECTIONS if any(name == target.split(".")[-1] for target in named))
+    targets = tuple(dict.fromkeys(target.split(".")[-1] for target in training.target_modules or PROJECTIONS))
     bits = training.quantization_bits if training.method == "qlora" else None
     return Adapter(training.lora_r, targets, training.lora_dropout > 0, bits, training.double_quantization)
 
@@ -207,6 +206,8 @@ def plan_run(
     if isinstance(shape, str):
         return RunPlan(**named, notes=[shape])
     step = step_of(config, shape, device, longest_of(config, counts))
+    if step.adapter and (missing := set(step.adapter.targets) - set(PROJECTIONS)):
+        return RunPlan(**named, notes=[f"target_modules: {flat.model_name} has no {', '.join(sorted(missing))}"])
     trained = trained_parameters(shape, step.adapter)
     memory = step_memory(shape, step)
     flops = None

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lacuna.finetune.adapters import to_fp32
+from lacuna.finetune.adapters import target_modules, to_fp32
 from lacuna.plan.memory import QUANTISED_BYTES, Adapter, Step, chunk_of
 from lacuna.train.model import supervised_loss, transformer_blocks
 
@@ -49,7 +49,7 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)
         if key in self._sizes:
             return
         self._sizes[key] = -(-storage.nbytes() // PIECE) * PIECE
@@ -149,8 +149,7 @@ def trace_memory(config: PretrainedConfig, step: Step) -> Trace:
     share: float = (text.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
 
     def extended(first: float, second: float) -> float:
-        longer: float = first + share * (second - first)
-        return longer
+        return first + share * (second - first)
 
     peaks = {phase: extended(shallow.peaks[phase], deep.peaks[phase]) for phase in PHASES}
     return Trace(peaks, extended(shallow.weights, deep.weights))
@@ -189,11 +188,13 @@ def _trace_depth(config: PretrainedConfig, step: Step, layers: int) -> Trace:
 
 
 def _adapted(causal_lm: PreTrainedModel, adapter: Adapter, device: str) -> nn.Module:
+    """With an adapter on the layers that have these names, or, in a model that has none of them, on all linear ones."""
+    known = target_modules(causal_lm, None)
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=adapter.rank,
         lora_dropout=0.05 if adapter.dropout else 0.0,
-        target_modules=list(adapter.targets),
+        target_modules=[name for name in adapter.targets if name in known] or known,
     )
     model = PeftModelForCausalLM(causal_lm, settings)
     to_fp32(model)

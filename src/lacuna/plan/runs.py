@@ -205,9 +205,10 @@ def plan_run(
     }  # fmt: skip
     if isinstance(shape, str):
         return RunPlan(**named, notes=[shape])
-    step = step_of(config, shape, device, longest_of(config, counts))
-    if step.adapter and (missing := set(step.adapter.targets) - set(PROJECTIONS)):
+    adapter = adapter_of(config)
+    if adapter is not None and (missing := set(adapter.targets) - set(PROJECTIONS)):
         return RunPlan(**named, notes=[f"target_modules: {flat.model_name} has no {', '.join(sorted(missing))}"])
+    step = step_of(config, shape, device, longest_of(config, counts))
     trained = trained_parameters(shape, step.adapter)
     memory = step_memory(shape, step)
     flops = None

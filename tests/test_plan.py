@@ -197,6 +197,7 @@ def test_adapters_on_layers_that_a_model_does_not_have(run: Run, here: Path) -> 
     )
     found = plan(run, "adapter.yaml", "--device", "h100")
     assert (found["memory"], found["notes"]) == (None, ["target_modules: mistral has no c_attn"])
+    assert plan(run, "adapter.yaml", "--device", "h100", "--trace")["memory"] is None
 
 
 # Experiments

@@ -97,7 +97,8 @@ def plan_runs(
         shape = shape_of(flat[name].model_name, flat[name].model_revision)
         known = speed or speed_of(flat[name].output_dir, flat[name].model_name, device.name)
         one = plan_run(name, config, shape, counted[name], Place(device, room), known)
-        plans.append(traced(one, config, device, room, counted[name]) if trace else one)
+        can_be_traced = trace and (one.memory is not None or isinstance(shape, str))
+        plans.append(traced(one, config, device, room, counted[name]) if can_be_traced else one)
     return plans
 
 

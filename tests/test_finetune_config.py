@@ -951,7 +951,7 @@ def test_out_of_memory_says_what_each_smaller_setting_would_take(
     monkeypatch.setattr(AdapterTrainer, "training_step", explode)
     outcome = finetune()
     assert_refused(
-        outcome, "out of memory: a step takes about", "GiB", "training.batch_size: 1 with twice the",
+        outcome, "out of memory: a step takes about", "GiB", "training.batch_size: 1 (change",
         "training.gradient_checkpointing: true", "training.method: qlora",
     )  # fmt: skip
     status = json.loads(Path("out/status.json").read_text())

@@ -56,7 +56,7 @@ def _wandb(config: TrainingConfig, folder: Path, settings: Mapping[str, Any]) ->
             name=folder.name,
             id=run_id,
             resume="allow",
-            dir=folder,
+            dir=folder.absolute(),
             mode="offline" if os.environ.get("WANDB_MODE") == "offline" else None,
             config=dict(settings),
         )

@@ -44,17 +44,18 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
     except ModuleNotFoundError as error:
         raise MissingExtraError("train", error.name or "torch") from error
     if dry_run:
-        show_dry_run(config, config.output_dir, ())
-    train(config, [*sys.argv])
+        show_dry_run(config, ())
+    else:
+        train(config, [*sys.argv])
 
 
-def show_dry_run(config: "TrainingConfig | FinetuneConfig", output_dir: str, problems: Iterable[str]) -> None:
+def show_dry_run(config: "TrainingConfig | FinetuneConfig", problems: Iterable[str]) -> None:
     """Show what is known before training, and end with exit code 1 where something would stop it."""
     from lacuna.plan.dry_run import dry_run
 
     click.echo()
     would_stop = False
-    for line, stops in dry_run(config, output_dir, problems):
+    for line, stops in dry_run(config, problems):
         click.echo(line)
         would_stop |= stops
     sys.exit(1 if would_stop else 0)
@@ -141,11 +142,11 @@ def finetune(
     os.environ.setdefault(*YIELDING_THREADS)
     try:
         from lacuna.finetune.start import finetune as train
-        from lacuna.finetune.start import resume_problems
+        from lacuna.finetune.start import with_folder
     except ModuleNotFoundError as error:
         raise MissingExtraError("finetune", error.name or "trl") from error
     if dry_run:
-        show_dry_run(config, str(config.as_sft().output_dir), resume_problems(config, resume))
+        show_dry_run(*with_folder(config, resume))
     else:
         train(config, resume, verbose, [*sys.argv])
 

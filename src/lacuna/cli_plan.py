@@ -33,7 +33,7 @@ def plan(
     try:
         name, plans, notes = make_plans(sources, device, mfu, trace, torchtune_python)
     except ModuleNotFoundError as error:
-        raise MissingExtraError("train", error.name or "torch") from error
+        raise MissingExtraError("finetune" if trace else "train", error.name or "torch") from error
     if as_json:
         dumped = [{**asdict(one), "peak": one.peak, "gpu_hours": one.gpu_hours} for one in plans]
         click.echo(json.dumps({"name": name, "runs": dumped, "notes": notes}, ensure_ascii=False))

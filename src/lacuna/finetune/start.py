@@ -70,13 +70,12 @@ def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command:
         supervise(config, flat, resume_with, lambda: after_out_of_memory(config), work, world)
 
 
-def resume_problems(config: FinetuneConfig, resume: str | None) -> list[str]:
-    """Why there is nothing to resume."""
+def with_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, list[str]]:
+    """The config with its run folder; or as it is, and why there is nothing to resume."""
     try:
-        resolve_folder(config, resume)
+        return resolve_folder(config, resume)[0], []
     except LacunaError as error:
-        return error.problems
-    return []
+        return config, error.problems
 
 
 def resolve_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, str]:

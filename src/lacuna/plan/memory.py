@@ -12,8 +12,10 @@ GIB = 2**30
 QUANTISED_BYTES = {(4, True): 0.5 + 1 / 64 + 4 / (64 * 256), (4, False): 0.5 + 4 / 64, (8, True): 1.0, (8, False): 1.0}
 """Bytes of a frozen weight of so many bits, with and without quantised scales: one scale for 64 weights, and one for
 256 scales. # ref: arXiv 2305.14314, section 3"""
-CHUNK_ELEMENTS, CPU_CHUNK_TOKENS = 2**27, 256
-"""Logits that exist at one time: see train/loss.py."""
+CPU_CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time on a CPU: measured the fastest of 64 to 1360, also in bf16."""
+ACCELERATOR_CHUNK_ELEMENTS = 2**27
+"""Logits that exist at one time elsewhere: large enough for full matrix units, small beside the activations."""
 CONTEXT = {"cuda": 0.75 * GIB, "mps": 0.5 * GIB, "cpu": 0.0}
 """CUDA's context, the workspaces of its libraries and what its allocator cannot use. An assumption."""
 SAME_INPUT = (PROJECTIONS[:3], PROJECTIONS[3:4], PROJECTIONS[4:6], PROJECTIONS[6:])
@@ -97,10 +99,14 @@ def casts_inputs(step: Step, adapter: Adapter) -> bool:
     return step.bf16 and (adapter.bits is None or step.device != "cuda")
 
 
+def chunk_tokens(device: str, vocabulary: int) -> int:
+    """Tokens whose logits exist at one time on a kind of device; train/loss.py goes by it."""
+    return CPU_CHUNK_TOKENS if device == "cpu" else max(ACCELERATOR_CHUNK_ELEMENTS // vocabulary, CPU_CHUNK_TOKENS)
+
+
 def chunk_of(step: Step, vocabulary: int) -> int:
-    """Tokens whose logits exist at one time."""
-    on_device = CPU_CHUNK_TOKENS if step.device == "cpu" else max(CHUNK_ELEMENTS // vocabulary, CPU_CHUNK_TOKENS)
-    return min(step.chunk or on_device, step.tokens)
+    """Tokens whose logits exist at one time in a step."""
+    return min(step.chunk or chunk_tokens(step.device, vocabulary), step.tokens)
 
 
 def kept_of_layer(shape: ModelShape, step: Step) -> float:

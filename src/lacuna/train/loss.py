@@ -7,10 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CPU_CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time on a CPU: measured the fastest of 64 to 1360, also in bf16."""
-ACCELERATOR_CHUNK_ELEMENTS = 2**27
-"""Logits that exist at one time elsewhere: large enough for full matrix units, small beside the activations."""
+from lacuna.plan.memory import chunk_tokens
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -61,11 +58,6 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-def chunk_tokens(device: str, vocabulary: int) -> int:
-    """Tokens whose logits exist at one time on a kind of device."""
-    return CPU_CHUNK_TOKENS if device == "cpu" else max(ACCELERATOR_CHUNK_ELEMENTS // vocabulary, CPU_CHUNK_TOKENS)
 
 
 def chunked_cross_entropy(

@@ -110,7 +110,7 @@ def test_help_names_numbers_choices_and_booleans_as_such() -> None:
 def test_help_answers_in_a_fifth_of_a_second(words: tuple[str, ...]) -> None:
     """Processor time, and often enough that a busy machine does not decide.
 
-    On a machine where the libraries alone take most of it, half as much again as they take.
+    On a machine where the libraries alone take most of it, no more than as much again.
     """
 
     def seconds(command: Callable[[], object]) -> float:
@@ -129,7 +129,7 @@ def test_help_answers_in_a_fifth_of_a_second(words: tuple[str, ...]) -> None:
         if min(helps) < 0.2:
             return
         floors.append(seconds(libraries))
-    assert min(helps) < 1.5 * min(floors)
+    assert min(helps) < 2 * min(floors)
 
 
 def test_the_torch_free_half_imports_no_torch() -> None:

@@ -18,7 +18,7 @@ SITE_PACKAGES = Path(pytest.__file__).parent.parent
 SOURCE = Path(__file__).parent.parent / "src"
 CORE_ONLY = (
     "click", "numpy", "numpy.libs", "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py",
-    "typing_inspection", "yaml", "_yaml", "tomli_w", "simpleeval.py",
+    "typing_inspection", "yaml", "_yaml", "tomli_w", "simpleeval.py", "rich", "pygments", "markdown_it", "mdurl",
 )  # fmt: skip
 """Packages of the core and what they need, as folder or file names."""
 TORCH_FREE = [

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lacuna.errors import RunError
 from lacuna.runs.folder import write_whole
 
 
@@ -20,6 +21,26 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """What the user's own evaluation found, by name, from RUN/evaluation.json; empty where there is none.
+
+    Raises RunError where that is no flat JSON object of numbers.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f'{path}: write one JSON object of numbers, such as {{"accuracy": 0.87}}')
+    wrong = [name for name, value in values.items() if type(value) not in (int, float)]
+    if wrong:
+        raise RunError(f"{path}: {', '.join(map(repr, wrong))}: no number; write name and number only")
+    return {name: float(value) for name, value in values.items()}
 
 
 def validation_losses(folder: Path) -> dict[int, float]:

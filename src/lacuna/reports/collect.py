@@ -1,0 +1,210 @@
+"""What an experiment's run folders hold, each beside the settings that it should have. Nothing here imports torch."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lacuna.config.files import check, read_layer
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.trainers import CONFIGS
+from lacuna.config.training import TrainingConfig
+from lacuna.errors import ConfigError, LacunaError, RunError
+from lacuna.experiment.folder import MAPPING, digest
+from lacuna.experiment.mapping import RunMapping, read_mapping
+from lacuna.experiment.merge import get
+from lacuna.flags import shown
+from lacuna.reports.metric import Curve, final_value
+from lacuna.reports.results import RunResult
+from lacuna.runs.folder import read_status, starts_of
+from lacuna.runs.metrics import read_evaluation, read_metrics
+from lacuna.runs.status import Row, table
+
+SEED_NAMES = ("seed", "training.seed")
+OTHER_SETTINGS = "other settings"
+"""State of a run whose folder holds a run of other settings than the mapping's: it counts nowhere."""
+NO_DESIGN = (
+    f"no {MAPPING} is in it, and only that says which run is which: give the folder of generated configs "
+    "(`lacuna generate EXPERIMENT.yaml --output DIR`), or its mapping; `lacuna status` shows any folder of runs"
+)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """final_weights: what the configs of finished runs say of them."""
+
+    mapping: RunMapping
+    runs: list[RunResult]
+    final_weights: set[str]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One entry of the mapping and its config. own: as our trainers read it; None: torchtune's, which is in values."""
+
+    entry: Mapping[str, Any]
+    own: TrainingConfig | FinetuneConfig | None
+    values: Mapping[str, Any]
+    processes: int
+
+
+def collect(where: str | Path) -> Collected:
+    """Every run of a run mapping, or of the folder it is in.
+
+    Raises RunError, ConfigError: no mapping, configs that were changed since, an evaluation.json that cannot be read.
+    """
+    file = Path(where)
+    if file.name != MAPPING and not (file / MAPPING).is_file():
+        raise RunError(f"{where}: {NO_DESIGN}" if file.exists() else f"{where}: no such folder, and no {MAPPING}")
+    mapping = read_mapping(file)
+    generated = list(_configs(mapping))
+    results: list[RunResult] = []
+    weights: set[str] = set()
+    problems: list[str] = []
+    for run, row in zip(generated, table(mapping.file), strict=True):
+        try:
+            result = _result(run, row)
+        except RunError as error:
+            problems += error.problems
+            continue
+        results.append(result)
+        if result.state == "finished" and (flat := _flat(run.own, run.processes)) is not None:
+            weights.add(flat.final_weights)
+    if problems:
+        raise RunError(problems)
+    return Collected(mapping, results, weights)
+
+
+def _configs(mapping: RunMapping) -> Iterator[Generated]:
+    trainer = mapping.head["trainer"]
+    changed = []
+    for index in range(len(mapping.items)):
+        entry = mapping.entry(index)
+        file = mapping.file.with_name(entry["config"])
+        if not file.is_file() or digest(file.read_bytes()) != entry["sha256"]:
+            changed.append(entry["config"])
+            continue
+        values = read_layer(file).values
+        own = None if trainer == "torchtune" else check(CONFIGS[trainer], values, {})
+        processes = own.gpus if own is not None else int(mapping.head.get("gpus", 1))
+        yield Generated(entry, own, values, processes)
+    if changed:
+        raise ConfigError(
+            f"{mapping.file.parent}: {len(changed)} configs are missing, or were changed since they were generated "
+            f"({', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}): generate them again"
+        )
+
+
+def _flat(config: TrainingConfig | FinetuneConfig | None, devices: int) -> TrainingConfig | None:
+    return config.as_sft(devices) if isinstance(config, FinetuneConfig) else config
+
+
+def _result(run: Generated, row: Row) -> RunResult:
+    settings = {name: value for name, value in run.entry["params"].items() if name not in SEED_NAMES}
+    seeds = [run.entry["seed"], *(run.entry["params"].get(name) for name in SEED_NAMES)]
+    seed = next((seed for seed in seeds if seed is not None), None)
+    arm = ", ".join(f"{name}={shown(value)}" for name, value in settings.items()) or "all runs"
+    state = "not started" if row.state == "not submitted" else row.state
+    folder = Path(row.folder) if row.folder is not None else None
+    status = read_status(folder) if folder is not None else None
+    if folder is None or status is None:
+        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, row.reason, {}, {}, {}, {})
+    facts = (starts_of(folder) or [{}])[-1]
+    devices = facts.get("devices", run.processes)
+    if (difference := _difference(run, folder, devices, state)) is not None:
+        return RunResult(
+            run.entry["id"], arm, settings, seed, row.folder, OTHER_SETTINGS, difference, {}, {}, {}, facts
+        )
+    curves = _curves(folder)
+    flat = _flat(run.own, devices)
+    budget = _budget(run, flat, devices, status, curves, facts)
+    metrics, reason = _final(folder, curves, flat) if state == "finished" else ({}, row.reason)
+    curves = {name: [(step, value) for step, value in curve if math.isfinite(value)] for name, curve in curves.items()}
+    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, metrics, curves, budget, facts)
+
+
+def _difference(run: Generated, folder: Path, devices: int, state: str) -> str | None:
+    """How the settings of the folder's run are others than the mapping's; None where they are the same.
+
+    A run that has not finished may not have come to writing them down.
+    """
+    file = folder / ("config.yaml" if run.own is None else "config.toml")
+    if not file.is_file():
+        return f"the folder has no {file.name}, which would say whose run it is" if state == "finished" else None
+    if run.own is None:
+        is_same = digest(file.read_bytes()) == run.entry["sha256"]
+        return None if is_same else f"{file} is not the config that the mapping names"
+    try:
+        values = read_layer(file).values
+        if values.get("trainer") != run.values["trainer"]:
+            return f"the folder holds a {values.get('trainer')} run"
+        found = check(type(run.own), values, {}).settings(devices)
+    except LacunaError as error:
+        return f"{file}: {error}"
+    wanted = run.own.settings(devices)
+    changes = [name for name in wanted if name not in run.own.may_change and found.get(name) != wanted[name]]
+    said = "; ".join(f"{name} is {shown(found.get(name))}, not {shown(wanted[name])}" for name in changes)
+    return f"in the folder's run {said}" if changes else None
+
+
+def _curves(folder: Path) -> dict[str, Curve]:
+    """Every number of metrics.jsonl, also those that are no finite ones."""
+    curves: dict[str, Curve] = {}
+    for line in read_metrics(folder):
+        step = line.pop("step", None) if isinstance(line, dict) else None
+        if isinstance(step, int):
+            for name, value in line.items():
+                if type(value) in (int, float):
+                    curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def _final(folder: Path, curves: dict[str, Curve], config: TrainingConfig | None) -> tuple[dict[str, float], str]:
+    """Each metric's final value, and which of them are no numbers and so left out. Raises RunError."""
+    evaluation = read_evaluation(folder)
+    if twice := sorted(evaluation.keys() & curves.keys()):
+        raise RunError(
+            f"{folder / 'evaluation.json'}: {', '.join(twice)}: metrics.jsonl has that name too: choose another"
+        )
+    values = {name: final_value(name, curve, config) for name, curve in curves.items()} | evaluation
+    lost = [name for name, value in values.items() if not math.isfinite(value)]
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return finite, f"not a number: {', '.join(lost)}" if lost else ""
+
+
+def _budget(
+    run: Generated, config: TrainingConfig | None, devices: int, status: Mapping[str, Any],
+    curves: Mapping[str, Curve], facts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """By the names of results.BUDGET; what is not known is left out."""
+    steps = max([status.get("step") or 0, *(curve[-1][0] for curve in curves.values())])
+    targets = curves.get("targets", [])
+    known = {
+        "steps": steps,
+        "tokens": curves["tokens"][-1][1] if "tokens" in curves else None,
+        "targets": sum(value for _, value in targets) if len(targets) == steps else None,
+        **(_layout(run, config) if config is not None else _torchtune_layout(run.values, devices)),
+        "parameters": facts.get("trained_parameters"),
+        "seconds": status.get("seconds"),
+        "devices": devices,
+        "peak_memory_gib": max((value for _, value in curves.get("peak_memory_gib", [])), default=None),
+    }
+    if known["seconds"] is not None and "device" in facts and not is_cpu(facts):
+        known["gpu_hours"] = known["seconds"] * devices / 3600
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _layout(run: Generated, config: TrainingConfig) -> dict[str, Any]:
+    packing = run.own.training.packing if isinstance(run.own, FinetuneConfig) else config.packing
+    return {"batch_size": config.batch_size, "packing": packing, "epochs": config.epochs}
+
+
+def _torchtune_layout(values: Mapping[str, Any], devices: int) -> dict[str, Any]:
+    rows, accumulated = values.get("batch_size"), values.get("gradient_accumulation_steps") or 1
+    batch = rows * accumulated * devices if isinstance(rows, int) and isinstance(accumulated, int) else None
+    return {"batch_size": batch, "packing": get(values, "dataset.packed") is True, "epochs": values.get("epochs")}
+
+
+def is_cpu(facts: Mapping[str, Any]) -> bool:
+    return str(facts.get("device", "")).upper().startswith("CPU")

@@ -1,0 +1,83 @@
+"""What a reader of a report has to know beside its numbers. Nothing here imports torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from lacuna.flags import shown
+from lacuna.reports.results import Arm, Comparison, Effect, RunResult
+from lacuna.reports.statistics import seeds_matter
+from lacuna.reports.verdict import counted, some
+
+SAME_SHARE = 0.01
+"""Tokens or steps of two arms that differ by less are the same: the order of the data alone does that."""
+BUDGETS = {
+    "tokens": "tokens trained on",
+    "steps": "optimizer steps",
+    "batch_size": "effective batch size",
+    "packing": "packing",
+}
+
+
+def notes_of(
+    runs: Sequence[RunResult],
+    arms: Sequence[Arm],
+    effects: Sequence[Effect],
+    compared: Sequence[Comparison],
+    metric: str,
+) -> Iterator[str]:
+    """A sentence each."""
+    if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
+        yield f"{counted(len(foreign), 'folder')} hold a run of other settings, which counts nowhere: {some(foreign)}"
+    if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
+        yield f"{counted(len(lost), 'finished run')} without a finite {metric}, not counted: {some(lost, ', ')}"
+    if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:
+        yield "not all arms have the same finished seeds: arms are compared over the seeds that both have"
+    for budget in BUDGETS:
+        yield from _difference(budget, runs)
+    fixed = [arm.name for arm in arms if len(arm.by_seed) > 1 and not seeds_matter(list(arm.by_seed.values()))]
+    if fixed:
+        yield f"the seed makes no difference in {some(fixed)}: no uncertainty is known of it"
+    if equal := [one.other for one in compared if one.difference.mean == 0 and not one.difference.deviation]:
+        yield f"{some(equal)} and {compared[0].best} are equal at every seed: what varies there changes nothing"
+    for effect in effects:
+        if not effect.levels:
+            yield f"{effect.variable}: no combination of the rest has finished with every value: no effect is known"
+        elif effect.left_out:
+            yield (
+                f"{effect.variable}: {counted(effect.left_out, 'finished run')} left out of its effect, for the same "
+                "settings have not finished with every other value"
+            )
+    devices = sorted({str(run.facts["device"]) for run in runs if run.metrics and "device" in run.facts})
+    if len(devices) > 1:
+        yield f"runs were made on different devices: {', '.join(devices)}"
+
+
+def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:
+    """Where arms differ in a budget: their values, each with its arms."""
+    found: dict[str, list[Any]] = {}
+    for run in runs:
+        if run.metrics and budget in run.budget:
+            found.setdefault(run.arm, []).append(run.budget[budget])
+    values = {arm: _typical(numbers) for arm, numbers in found.items()}
+    if _are_same(values):
+        return
+    groups: dict[Any, list[str]] = {}
+    for arm, value in values.items():
+        groups.setdefault(value, []).append(arm)
+    said = [f"{_number(value)} with {some(names)}" for value, names in groups.items()]
+    yield f"{BUDGETS[budget]} differ between arms: {some(said, ' | ')}"
+
+
+def _typical(values: Sequence[Any]) -> Any:
+    return values[0] if len(set(values)) == 1 else fmean(values)
+
+
+def _are_same(values: Mapping[str, Any]) -> bool:
+    if any(isinstance(value, bool) for value in values.values()):
+        return len(set(values.values())) < 2
+    return not values or max(values.values()) <= min(values.values()) * (1 + SAME_SHARE)
+
+
+def _number(value: Any) -> str:
+    return shown(value) if isinstance(value, bool) else f"{value:,.0f}"

@@ -1,0 +1,142 @@
+"""The report in a terminal, readable at 80 columns. Nothing here imports torch."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from lacuna.reports.make import level_name
+from lacuna.reports.results import Arm, Comparison, Estimate, Report, RunResult
+from lacuna.train.progress import format_duration
+
+MOST_ROWS = 40
+"""Rows of a table that are shown; of more runs, those that are not finished come first."""
+MOST_COMPARISONS = 20
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The verdict first, then what it rests on."""
+    said = report.experiment
+    console.print(f"\n{said['experiment_name']}", style="bold")
+    for name in ("question", "hypothesis"):
+        if said.get(name):
+            console.print(f"{name}: {said[name]}")
+    console.print(f"\n{report.verdict}\n", style="bold green" if report.winner else "bold")
+    console.print(f"{report.metric}, {report.goal} is best: {report.how}")
+    _arms(report, console)
+    for effect in report.effects if len(report.effects) > 1 else ():
+        rows = [(level_name(level), _mean(level.estimate), str(level.estimate.count)) for level in effect.levels]
+        title = f"{effect.variable}, over {effect.matched} matched combinations"
+        _print(console, title, ("value", f"mean {report.metric} [95 % interval]", "seeds"), rows)
+    _comparisons(report, console)
+    _runs(report, console)
+    _unfinished(report.runs, console)
+    for note in report.notes:
+        console.print(Padding(f"note: {note}", (0, 0, 0, 2)))
+    console.print(_totals(report))
+
+
+def _print(
+    console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
+) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def number(value: float | None) -> str:
+    """Enough digits to tell runs apart, and no more."""
+    return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _mean(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "no finished run"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:.5g}"
+    return f"{estimate.mean:.5g} [{estimate.low:.5g}, {estimate.high:.5g}]"
+
+
+def _arms(report: Report, console: Console) -> None:
+    def place(arm: Arm) -> float:
+        mean = arm.estimate.mean if arm.estimate is not None else float("inf")
+        return -mean if report.goal == "highest" and arm.estimate is not None else mean
+
+    arms = sorted(report.arms, key=place)
+    rows = [(arm.name, _mean(arm.estimate), f"{len(arm.by_seed)}/{arm.expected}") for arm in arms[:MOST_ROWS]]
+    more = f", the {MOST_ROWS} best of {len(arms)}" if len(arms) > MOST_ROWS else ""
+    _print(console, f"Arms{more}", ("arm", f"mean {report.metric} [95 % interval]", "seeds"), rows)
+
+
+def _comparisons(report: Report, console: Console) -> None:
+    """Of an experiment with one variable, the values are the arms: one table."""
+    shown = [one for one in report.comparisons if one.variable is None or len(report.effects) > 1]
+    title = "Differences from the best, paired over seeds, corrected for the number of comparisons"
+    rows = [
+        (
+            f"{_subject(one)} − {one.best}",
+            _mean(one.difference),
+            "" if one.p_value is None else f"{one.p_value:.2g}",
+            "yes" if one.is_clear else "no",
+        )
+        for one in shown[:MOST_COMPARISONS]
+    ]
+    if rows:
+        _print(console, title, ("other − best", "difference [interval]", "p", "clear"), rows)
+    if len(shown) > MOST_COMPARISONS:
+        console.print(f"… and {len(shown) - MOST_COMPARISONS} more (--json has all)\n")
+
+
+def _subject(comparison: Comparison) -> str:
+    return comparison.other if comparison.variable is None else f"{comparison.variable}: {comparison.other}"
+
+
+def _runs(report: Report, console: Console) -> None:
+    rows = [
+        (
+            run.id.removeprefix("run_"),
+            run.arm,
+            "" if run.seed is None else str(run.seed),
+            run.state,
+            number(run.metrics.get(report.metric)),
+            number(run.budget.get("steps")),
+            number(run.budget.get("tokens")),
+            format_duration(run.budget["seconds"]) if "seconds" in run.budget else "",
+        )
+        for run in report.runs[:MOST_ROWS]
+    ]
+    header = ("run", "settings", "seed", "state", report.metric, "steps", "tokens", "time")
+    more = f", the first {MOST_ROWS} of {len(report.runs)} (--csv has all)" if len(report.runs) > MOST_ROWS else ""
+    _print(console, f"Runs{more}", header, rows, numbers=(4, 5, 6, 7))
+
+
+def _unfinished(runs: Sequence[RunResult], console: Console) -> None:
+    open_runs = [run for run in runs if run.state != "finished"]
+    if not open_runs:
+        return
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in open_runs).items())
+    console.print(f"{len(open_runs)} of {len(runs)} runs have no result: {counts}", style="bold")
+    for run in open_runs[:MOST_ROWS]:
+        console.print(
+            Padding(f"{run.id} ({run.arm}): {run.state}{f': {run.reason}' if run.reason else ''}", (0, 0, 0, 2))
+        )
+    if len(open_runs) > MOST_ROWS:
+        console.print(f"  … and {len(open_runs) - MOST_ROWS} more (--csv has all)")
+    console.print()
+
+
+def _totals(report: Report) -> str:
+    totals = report.totals
+    parts = [f"{totals['finished']:.0f} of {totals['runs']:.0f} runs finished"]
+    parts += [f"{totals['tokens']:,.0f} tokens"] if totals["tokens"] else []
+    parts += [f"{totals[name]:.3g} {words}" for name, words in HOURS.items() if name in totals]
+    return ", ".join(parts)
+
+
+HOURS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours"}

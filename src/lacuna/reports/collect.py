@@ -120,7 +120,7 @@ def _result(run: Generated, row: Row) -> RunResult:
     flat = _flat(run.own, devices)
     budget = _budget(run, flat, devices, status, curves, facts)
     metrics, reason = _final(folder, curves, flat) if state == "finished" else ({}, row.reason)
-    curves = {name: [(step, value) for step, value in curve if math.isfinite(value)] for name, curve in curves.items()}
+    curves = {name: _finite(curve) for name, curve in curves.items()}
     return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, metrics, curves, budget, facts)
 
 
@@ -152,12 +152,21 @@ def _curves(folder: Path) -> dict[str, Curve]:
     """Every number of metrics.jsonl, also those that are no finite ones."""
     curves: dict[str, Curve] = {}
     for line in read_metrics(folder):
-        step = line.pop("step", None) if isinstance(line, dict) else None
-        if isinstance(step, int):
-            for name, value in line.items():
-                if type(value) in (int, float):
-                    curves.setdefault(name, []).append((step, value))
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is not int:
+            continue
+        for name, value in line.items():
+            if (type(value) is float or type(value) is int) and name != "step":
+                if name not in curves:
+                    curves[name] = []
+                curves[name].append((step, value))
     return curves
+
+
+def _finite(curve: Curve) -> Curve:
+    if all(math.isfinite(value) for _, value in curve):
+        return curve
+    return [(step, value) for step, value in curve if math.isfinite(value)]
 
 
 def _final(folder: Path, curves: dict[str, Curve], config: TrainingConfig | None) -> tuple[dict[str, float], str]:

@@ -65,8 +65,8 @@ def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:
     groups: dict[Any, list[str]] = {}
     for arm, value in values.items():
         groups.setdefault(value, []).append(arm)
-    said = [f"{_number(value)} with {some(names)}" for value, names in groups.items()]
-    yield f"{BUDGETS[budget]} differ between arms: {some(said, ' | ')}"
+    said = [f"{_number(value)} in {some(names)}" for value, names in groups.items()]
+    yield f"arms differ in {BUDGETS[budget]}: {some(said, ' | ')}"
 
 
 def _typical(values: Sequence[Any]) -> Any:

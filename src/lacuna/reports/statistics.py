@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from lacuna.errors import MissingExtraError
 from lacuna.reports.results import Comparison, Effect, Estimate, Level
 
@@ -92,11 +94,10 @@ def seeds_needed(difference: Estimate, comparisons: int, confidence: float = CON
     if not difference.deviation or not difference.mean:
         return None
     tail = 1 - (1 - confidence) / comparisons / 2
-    for count in range(2, MOST_SEEDS + 1):
-        quantiles = float(stats.t.ppf(tail, count - 1) + stats.t.ppf(POWER, count - 1))
-        if quantiles * difference.deviation / math.sqrt(count) <= abs(difference.mean):
-            return count
-    return None
+    counts = np.arange(2, MOST_SEEDS + 1)
+    quantiles = stats.t.ppf(tail, counts - 1) + stats.t.ppf(POWER, counts - 1)
+    enough = quantiles * difference.deviation / np.sqrt(counts) <= abs(difference.mean)
+    return int(counts[enough.argmax()]) if enough.any() else None
 
 
 def effect_of(

@@ -1,20 +1,23 @@
 """The report in a terminal, readable at 80 columns. Nothing here imports torch."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from lacuna.flags import shown as shown_value
 from lacuna.reports.make import level_name
-from lacuna.reports.results import Arm, Comparison, Estimate, Report, RunResult
+from lacuna.reports.results import Arm, Estimate, Report, RunResult
 from lacuna.train.progress import format_duration
 
 MOST_ROWS = 40
-"""Rows of a table that are shown; of more runs, those that are not finished come first."""
-MOST_COMPARISONS = 20
+"""Rows of a table that are shown."""
+NARROW = ("run", "seed", "seeds", "state", "p", "clear", "")
+"""Columns that are not wrapped."""
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -26,13 +29,15 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name}: {said[name]}")
     console.print(f"\n{report.verdict}\n", style="bold green" if report.winner else "bold")
     console.print(f"{report.metric}, {report.goal} is best: {report.how}")
-    _arms(report, console)
+    arms = _best_first(report)
+    _arms(report, arms, console)
     for effect in report.effects if len(report.effects) > 1 else ():
         rows = [(level_name(level), _mean(level.estimate), str(level.estimate.count)) for level in effect.levels]
         title = f"{effect.variable}, over {effect.matched} matched combinations"
         _print(console, title, ("value", f"mean {report.metric} [95 % interval]", "seeds"), rows)
-    _comparisons(report, console)
-    _runs(report, console)
+    letters = {arm.name: letter for letter, arm in arms.items()}
+    _comparisons(report, letters, console)
+    _runs(report, letters, console)
     _unfinished(report.runs, console)
     for note in report.notes:
         console.print(Padding(f"note: {note}", (0, 0, 0, 2)))
@@ -44,7 +49,12 @@ def _print(
 ) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index in numbers else "left", overflow="fold")
+        table.add_column(
+            name,
+            justify="right" if index in numbers else "left",
+            overflow="fold",
+            no_wrap=index in numbers or name in NARROW,
+        )
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -59,49 +69,56 @@ def _mean(estimate: Estimate | None) -> str:
     if estimate is None:
         return "no finished run"
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.mean:.5g}"
-    return f"{estimate.mean:.5g} [{estimate.low:.5g}, {estimate.high:.5g}]"
+        return number(estimate.mean)
+    return f"{number(estimate.mean)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
-def _arms(report: Report, console: Console) -> None:
-    def place(arm: Arm) -> float:
-        mean = arm.estimate.mean if arm.estimate is not None else float("inf")
-        return -mean if report.goal == "highest" and arm.estimate is not None else mean
+def _letter(index: int) -> str:
+    """A, B … Z, AA, AB …"""
+    return (_letter(index // 26 - 1) if index >= 26 else "") + ascii_uppercase[index % 26]
 
-    arms = sorted(report.arms, key=place)
-    rows = [(arm.name, _mean(arm.estimate), f"{len(arm.by_seed)}/{arm.expected}") for arm in arms[:MOST_ROWS]]
+
+def _best_first(report: Report) -> dict[str, Arm]:
+    """Arms by their letters; those without a finished run last."""
+    sign = 1 if report.goal == "lowest" else -1
+    places = [(arm.estimate is None, sign * arm.estimate.mean if arm.estimate else 0.0) for arm in report.arms]
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    return {_letter(place): report.arms[index] for place, index in enumerate(order)}
+
+
+def _arms(report: Report, arms: Mapping[str, Arm], console: Console) -> None:
+    shown = list(arms.items())[:MOST_ROWS]
+    rows = [(letter, arm.name, _mean(arm.estimate), f"{len(arm.by_seed)}/{arm.expected}") for letter, arm in shown]
     more = f", the {MOST_ROWS} best of {len(arms)}" if len(arms) > MOST_ROWS else ""
-    _print(console, f"Arms{more}", ("arm", f"mean {report.metric} [95 % interval]", "seeds"), rows)
+    _print(console, f"Arms{more}", ("", "arm", f"mean {report.metric} [95 % interval]", "seeds"), rows)
 
 
-def _comparisons(report: Report, console: Console) -> None:
+def _comparisons(report: Report, letters: Mapping[str, str], console: Console) -> None:
     """Of an experiment with one variable, the values are the arms: one table."""
     shown = [one for one in report.comparisons if one.variable is None or len(report.effects) > 1]
-    title = "Differences from the best, paired over seeds, corrected for the number of comparisons"
     rows = [
         (
-            f"{_subject(one)} − {one.best}",
+            f"{letters[one.other]} − {letters[one.best]}"
+            if one.variable is None
+            else f"{one.variable}: {one.other} − {one.best}",
             _mean(one.difference),
             "" if one.p_value is None else f"{one.p_value:.2g}",
             "yes" if one.is_clear else "no",
         )
-        for one in shown[:MOST_COMPARISONS]
+        for one in shown[:MOST_ROWS]
     ]
     if rows:
-        _print(console, title, ("other − best", "difference [interval]", "p", "clear"), rows)
-    if len(shown) > MOST_COMPARISONS:
-        console.print(f"… and {len(shown) - MOST_COMPARISONS} more (--json has all)\n")
+        title = "Differences from the best, paired over seeds, corrected for their number"
+        _print(console, title, ("other − best", "difference [95 % interval]", "p", "clear"), rows)
+    if len(shown) > MOST_ROWS:
+        console.print(f"… and {len(shown) - MOST_ROWS} more (--json has all)\n")
 
 
-def _subject(comparison: Comparison) -> str:
-    return comparison.other if comparison.variable is None else f"{comparison.variable}: {comparison.other}"
-
-
-def _runs(report: Report, console: Console) -> None:
+def _runs(report: Report, letters: Mapping[str, str], console: Console) -> None:
     rows = [
         (
             run.id.removeprefix("run_"),
-            run.arm,
+            f"{letters[run.arm]}: {', '.join(map(shown_value, run.settings.values()))}",
             "" if run.seed is None else str(run.seed),
             run.state,
             number(run.metrics.get(report.metric)),
@@ -111,7 +128,7 @@ def _runs(report: Report, console: Console) -> None:
         )
         for run in report.runs[:MOST_ROWS]
     ]
-    header = ("run", "settings", "seed", "state", report.metric, "steps", "tokens", "time")
+    header = ("run", "arm", "seed", "state", report.metric, "steps", "tokens", "time")
     more = f", the first {MOST_ROWS} of {len(report.runs)} (--csv has all)" if len(report.runs) > MOST_ROWS else ""
     _print(console, f"Runs{more}", header, rows, numbers=(4, 5, 6, 7))
 

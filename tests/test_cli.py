@@ -40,7 +40,11 @@ TORCH_FREE = [
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
+    "lacuna.cli_report", "lacuna.reports.collect", "lacuna.reports.make", "lacuna.reports.metric",
+    "lacuna.reports.notes", "lacuna.reports.page", "lacuna.reports.results", "lacuna.reports.statistics",
+    "lacuna.reports.table", "lacuna.reports.verdict",
 ]  # fmt: skip
+NOT_TORCH_FREE = {"plan/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
 
@@ -142,9 +146,9 @@ def test_the_torch_free_half_imports_no_torch() -> None:
 def test_the_list_of_the_torch_free_half_is_complete() -> None:
     found = {
         ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        for part in ("config", "experiment", "runs", "platform", "plan")
+        for part in ("config", "experiment", "runs", "platform", "plan", "reports")
         for path in (SOURCE / "lacuna" / part).glob("*.py")
-        if path.stem != "__init__" and path != SOURCE / "lacuna" / "plan" / "trace.py"
+        if path.stem != "__init__" and path.relative_to(SOURCE / "lacuna").as_posix() not in NOT_TORCH_FREE
     }
     assert found <= set(TORCH_FREE)
 
@@ -176,6 +180,11 @@ def test_training_without_its_extra_names_the_install_command(core_only: Path, f
 def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
     result = in_core_only(core_only, "lacuna", "data", "--config", folder / "good.toml")
     assert "pip install 'lacuna[train]'" in message(result)
+
+
+def test_a_report_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
+    result = in_core_only(core_only, "lacuna", "report", folder)
+    assert "this command needs 'scipy', which is not installed: pip install 'lacuna[report]'" in message(result)
 
 
 def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:

@@ -1,5 +1,6 @@
 """Everything that a report says, worked out from the run folders. Nothing here imports torch."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from lacuna.flags import shown
 from lacuna.reports.collect import OTHER_SETTINGS, collect, is_cpu
 from lacuna.reports.metric import Goal, choose_goal, choose_metric, in_words
 from lacuna.reports.notes import notes_of
+from lacuna.reports.page import write_page
 from lacuna.reports.results import Arm, Comparison, Effect, Level, Report, RunResult
 from lacuna.reports.statistics import CONFIDENCE, Measured, compare, effect_of, estimate
+from lacuna.reports.table import write_table
 from lacuna.reports.verdict import judge
 
 Compared = TypeVar("Compared", Arm, Level)
@@ -32,24 +35,17 @@ def report(
     is better, where the metric's name does not say it. html, csv: files to write.
     Raises RunError, ConfigError, MissingExtraError.
     """
-    outputs = {".html": html, ".csv": csv}
-    for ending, file in outputs.items():
-        if file is not None and Path(file).suffix != ending:
-            raise ConfigError(
-                f"--{ending[1:]} {file}: give a file that ends in {ending}: it is replaced if it is there"
-            )
+    files = {ending: Path(file) for ending, file in ((".csv", csv), (".html", html)) if file is not None}
+    for ending, file in files.items():
+        if file.suffix != ending:
+            raise ConfigError(f"--{ending[1:]} {file}: give a file that ends in {ending}; what is there is replaced")
     made = make(where, metric, goal)
-    try:
-        if csv is not None:
-            from lacuna.reports.table import write_table
-
-            write_table(made, Path(csv))
-        if html is not None:
-            from lacuna.reports.page import write_page
-
-            write_page(made, Path(html))
-    except OSError as error:
-        raise RunError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    for ending, file in files.items():
+        write = write_table if ending == ".csv" else write_page
+        try:
+            write(made, file)
+        except OSError as error:
+            raise RunError(f"{file}: cannot be written: {error.strerror}") from None
     return made
 
 
@@ -69,7 +65,7 @@ def make(where: str | Path, asked_metric: str | None, asked_goal: Goal | None) -
         experiment=head["experiment"],
         trainer=head["trainer"],
         base=head["base"],
-        mapping=str(found.mapping.file),
+        mapping=os.path.relpath(found.mapping.file),
         metric=metric,
         how=in_words(metric, found.final_weights, metric in logged or metric not in final),
         goal=goal,

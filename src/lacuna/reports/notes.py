@@ -48,9 +48,19 @@ def notes_of(
                 f"{effect.variable}: {counted(effect.left_out, 'finished run')} left out of its effect, for the same "
                 "settings have not finished with every other value"
             )
-    devices = sorted({str(run.facts["device"]) for run in runs if run.metrics and "device" in run.facts})
+    yield from _surroundings([run.facts for run in runs if run.metrics])
+
+
+def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What differs between the machines that runs were made on."""
+    devices = sorted({str(one["device"]) for one in facts if "device" in one})
     if len(devices) > 1:
         yield f"runs were made on different devices: {', '.join(devices)}"
+    packages = [one["packages"] for one in facts if isinstance(one.get("packages"), dict)]
+    for name in sorted({name for versions in packages for name in versions}):
+        versions = sorted({str(one.get(name, "none")) for one in packages})
+        if len(versions) > 1:
+            yield f"runs were made with different versions of {name}: {', '.join(versions)}"
 
 
 def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:

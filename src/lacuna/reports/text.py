@@ -45,15 +45,22 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _print(
-    console: Console, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Sequence[int] = (),
+    wrapped: int | None = None,
 ) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, name in enumerate(header):
         table.add_column(
             name,
             justify="right" if index in numbers else "left",
             overflow="fold",
-            no_wrap=index in numbers or name in NARROW,
+            no_wrap=(index in numbers or name in NARROW) and index != wrapped,
         )
     for row in rows:
         table.add_row(*row)
@@ -128,9 +135,9 @@ def _runs(report: Report, letters: Mapping[str, str], console: Console) -> None:
         )
         for run in report.runs[:MOST_ROWS]
     ]
-    header = ("run", "arm", "seed", "state", report.metric, "steps", "tokens", "time")
+    header = ("run", "arm", "seed", "state", report.metric.replace("_", " "), "steps", "tokens", "time")
     more = f", the first {MOST_ROWS} of {len(report.runs)} (--csv has all)" if len(report.runs) > MOST_ROWS else ""
-    _print(console, f"Runs{more}", header, rows, numbers=(4, 5, 6, 7))
+    _print(console, f"Runs{more}", header, rows, numbers=(4, 5, 6, 7), wrapped=4)
 
 
 def _unfinished(runs: Sequence[RunResult], console: Console) -> None:

@@ -36,8 +36,8 @@ def judge(
 ) -> Verdict:
     """A winner is named where every arm has two seeds, and every comparison of the best one with another is clear.
 
-    That the named arm is not the best one has then a chance of at most 2.5 %: the truly best arm would have to lose
-    its own comparison with the named one, at a level of 2.5 % / (k - 1), and there are k - 1 arms to lose to.
+    Then the named arm is not the best one with a chance of at most 2.5 %: the truly best arm would have to lose its own
+    comparison with the named one, at a level of 2.5 % / (k - 1), and there are k - 1 arms to lose to.
     """
     there = [arm for arm in arms if arm.estimate is not None]
     if (without := _without_values(arms, there, runs, metric)) is not None:

@@ -36,7 +36,7 @@ TORCH_FREE = [
     "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
     "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
     "lacuna.launch.child", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
-    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
+    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.settings", "lacuna.runs.status", "lacuna.plan.data",
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",

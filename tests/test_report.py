@@ -187,12 +187,12 @@ def test_a_folder_with_a_run_of_other_settings_is_not_taken_for_the_run(tmp_path
     made = lacuna.report(tmp_path / "configs")
     assert [run.state for run in made.runs] == ["finished", *["other settings"] * 4, "finished"]
     reasons = [run.reason for run in made.runs[1:5]]
-    assert reasons[0] == "in the folder's run batch_size is 16, not 8"
+    assert reasons[0] == f"the run in {tmp_path}/runs/run_001 has other settings (batch_size was 16, now 8)"
     assert reasons[1] == "the folder has no config.toml, which would say whose run it is"
-    assert reasons[2] == "the folder holds a pretrain run"
+    assert reasons[2] == f"output_dir {tmp_path}/runs/run_003 holds a pretrain run"
     assert "'steps' is 0" in reasons[3]
     assert [dict(arm.by_seed) for arm in made.arms] == [{1: 1.0}, {3: 1.8}]
-    assert made.notes[0].startswith("4 folders hold a run of other settings, which counts nowhere: run_001: in the")
+    assert made.notes[0].startswith("4 folders hold a run of other settings, which counts nowhere: run_001: the run")
 
 
 def test_what_may_change_on_resume_makes_no_other_run(tmp_path: Path) -> None:
@@ -266,8 +266,10 @@ def test_metrics_of_a_users_own_evaluation(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"accuracy": "0.9", "f1": true}', "'accuracy', 'f1': no number"),
-        ("[1]", "write one JSON object of numbers"),
+        ('{"accuracy": "0.9"}', "'accuracy' is '0.9', which is no finite number"),
+        ('{"f1": true}', "'f1' is True, which is no finite number"),
+        ('{"f1": NaN}', "'f1' is nan, which is no finite number"),
+        ("[1]", "should be one JSON object of numbers"),
         ("{", "cannot be read"),
         ('{"validation_loss": 1.0}', "validation_loss: metrics.jsonl has that name too: choose another"),
     ],

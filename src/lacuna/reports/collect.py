@@ -10,7 +10,7 @@ from lacuna.config.files import check, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.training import TrainingConfig
-from lacuna.errors import ConfigError, LacunaError, RunError
+from lacuna.errors import ConfigError, RunError
 from lacuna.experiment.folder import MAPPING, digest
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.experiment.merge import get
@@ -19,6 +19,7 @@ from lacuna.reports.metric import Curve, final_value
 from lacuna.reports.results import RunResult
 from lacuna.runs.folder import read_status, starts_of
 from lacuna.runs.metrics import read_evaluation, read_metrics
+from lacuna.runs.settings import difference
 from lacuna.runs.status import Row, table
 
 SEED_NAMES = ("seed", "training.seed")
@@ -111,11 +112,9 @@ def _result(run: Generated, row: Row) -> RunResult:
     if folder is None or status is None:
         return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, row.reason, {}, {}, {}, {})
     facts = (starts_of(folder) or [{}])[-1]
-    devices = facts.get("devices", run.processes)
-    if (difference := _difference(run, folder, devices, state)) is not None:
-        return RunResult(
-            run.entry["id"], arm, settings, seed, row.folder, OTHER_SETTINGS, difference, {}, {}, {}, facts
-        )
+    devices = facts.get("devices") or run.processes
+    if (foreign := _foreign(run, folder, devices, state)) is not None:
+        return RunResult(run.entry["id"], arm, settings, seed, row.folder, OTHER_SETTINGS, foreign, {}, {}, {}, facts)
     curves = _curves(folder)
     flat = _flat(run.own, devices)
     budget = _budget(run, flat, devices, status, curves, facts)
@@ -124,7 +123,7 @@ def _result(run: Generated, row: Row) -> RunResult:
     return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, metrics, curves, budget, facts)
 
 
-def _difference(run: Generated, folder: Path, devices: int, state: str) -> str | None:
+def _foreign(run: Generated, folder: Path, devices: int, state: str) -> str | None:
     """How the settings of the folder's run are others than the mapping's; None where they are the same.
 
     A run that has not finished may not have come to writing them down.
@@ -136,16 +135,9 @@ def _difference(run: Generated, folder: Path, devices: int, state: str) -> str |
         is_same = digest(file.read_bytes()) == run.entry["sha256"]
         return None if is_same else f"{file} is not the config that the mapping names"
     try:
-        values = read_layer(file).values
-        if values.get("trainer") != run.values["trainer"]:
-            return f"the folder holds a {values.get('trainer')} run"
-        found = check(type(run.own), values, {}).settings(devices)
-    except LacunaError as error:
+        return difference(folder, run.own, devices)
+    except ConfigError as error:
         return f"{file}: {error}"
-    wanted = run.own.settings(devices)
-    changes = [name for name in wanted if name not in run.own.may_change and found.get(name) != wanted[name]]
-    said = "; ".join(f"{name} is {shown(found.get(name))}, not {shown(wanted[name])}" for name in changes)
-    return f"in the folder's run {said}" if changes else None
 
 
 def _curves(folder: Path) -> dict[str, Curve]:
@@ -199,7 +191,7 @@ def _budget(
         "devices": devices,
         "peak_memory_gib": max((value for _, value in curves.get("peak_memory_gib", [])), default=None),
     }
-    if known["seconds"] is not None and "device" in facts and not is_cpu(facts):
+    if known["seconds"] is not None and facts.get("device") and not is_cpu(facts):
         known["gpu_hours"] = known["seconds"] * devices / 3600
     return {name: value for name, value in known.items() if value is not None}
 

@@ -53,7 +53,7 @@ def notes_of(
 
 def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What differs between the machines that runs were made on."""
-    devices = sorted({str(one["device"]) for one in facts if "device" in one})
+    devices = sorted({str(one["device"]) for one in facts if one.get("device")})
     if len(devices) > 1:
         yield f"runs were made on different devices: {', '.join(devices)}"
     packages = [one["packages"] for one in facts if isinstance(one.get("packages"), dict)]

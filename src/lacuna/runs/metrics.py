@@ -1,6 +1,7 @@
-"""metrics.jsonl: one JSON object a line, in the order of the steps. Nothing here imports torch."""
+"""metrics.jsonl: one JSON object a line, in the order of the steps; evaluation.json. Nothing here imports torch."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -23,29 +24,29 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_evaluation(folder: Path) -> dict[str, float]:
-    """What the user's own evaluation found, by name, from RUN/evaluation.json; empty where there is none.
+def validation_losses(folder: Path) -> dict[int, float]:
+    """Validation loss by step."""
+    return {line["step"]: line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line}
 
-    Raises RunError where that is no flat JSON object of numbers.
+
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """What the user's own evaluation wrote into evaluation.json; nothing where it wrote none.
+
+    Raises RunError for anything but one flat JSON object of finite numbers.
     """
     path = folder / "evaluation.json"
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        raise RunError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise RunError(f'{path}: write one JSON object of numbers, such as {{"accuracy": 0.87}}')
-    wrong = [name for name, value in values.items() if type(value) not in (int, float)]
+        raise RunError(f'{path}: should be one JSON object of numbers, such as {{"accuracy": 0.81}}')
+    wrong = [name for name, value in values.items() if type(value) not in (int, float) or not math.isfinite(value)]
     if wrong:
-        raise RunError(f"{path}: {', '.join(map(repr, wrong))}: no number; write name and number only")
+        raise RunError([f"{path}: {name!r} is {values[name]!r}, which is no finite number" for name in wrong])
     return {name: float(value) for name, value in values.items()}
-
-
-def validation_losses(folder: Path) -> dict[int, float]:
-    """Validation loss by step."""
-    return {line["step"]: line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line}
 
 
 class MetricsLog:

@@ -45,7 +45,7 @@ def write_study(folder: Path, losses: Any, **experiment: Any) -> list[dict[str, 
 
 
 def test_an_example_worked_by_hand(tmp_path: Path, run: Run) -> None:
-    write_study(tmp_path, HAND, question="Which rate?")
+    write_study(tmp_path, HAND, question="[red]Which rate? :smile:")
     made = lacuna.report(tmp_path / "configs")
     low, high = (arm.estimate for arm in made.arms)
     assert low is not None
@@ -66,7 +66,7 @@ def test_an_example_worked_by_hand(tmp_path: Path, run: Run) -> None:
     assert (made.totals["runs"], made.totals["finished"]) == (6, 6)
     printed = run("lacuna", "report", tmp_path / "configs" / "run_mapping.yaml").output
     for words in (
-        "Which rate?",
+        "question: [red]Which rate? :smile:",
         "learning_rate=0.001 has the lowest validation_loss: 1.2 on average, apart from the other arm over 3 seeds",
         "A learning_rate=0.001 1.2 [0.7032, 1.697] 3/3",
         "B − A 0.5 [0.2516, 0.7484] 0.013 yes",
@@ -192,7 +192,7 @@ def test_a_folder_with_a_run_of_other_settings_is_not_taken_for_the_run(tmp_path
     assert reasons[2] == f"output_dir {tmp_path}/runs/run_003 holds a pretrain run"
     assert "'steps' is 0" in reasons[3]
     assert [dict(arm.by_seed) for arm in made.arms] == [{1: 1.0}, {3: 1.8}]
-    assert made.notes[0].startswith("4 folders hold a run of other settings, which counts nowhere: run_001: the run")
+    assert made.notes[0].startswith("4 folders with a run of other settings, which counts nowhere: run_001: the run")
 
 
 def test_what_may_change_on_resume_makes_no_other_run(tmp_path: Path) -> None:
@@ -261,6 +261,16 @@ def test_metrics_of_a_users_own_evaluation(tmp_path: Path, run: Run) -> None:
     unknown = run("lacuna", "report", tmp_path / "configs", "--metric", "acuracy")
     assert "no run has it; did you mean 'accuracy'?; there are accuracy, length, validation_loss" in unknown.output
     assert lacuna.report(tmp_path / "configs", metric="eval_loss").metric == "validation_loss"
+
+
+def test_without_a_loss_the_metric_has_to_be_chosen(tmp_path: Path) -> None:
+    (entry,) = write_experiment(tmp_path)
+    write_json(write_run(tmp_path, entry) / "evaluation.json", {"f1": 0.5, "accuracy": 1})
+    with pytest.raises(ConfigError, match="no run has validation_loss or loss: choose a --metric: accuracy, f1"):
+        lacuna.report(tmp_path / "configs")
+    with pytest.raises(ConfigError, match="--goal least: it is lowest or highest"):
+        lacuna.report(tmp_path / "configs", metric="f1", goal="least")  # type: ignore[arg-type]
+    assert lacuna.report(tmp_path / "configs", metric="f1").verdict == "one arm, nothing to compare: f1 0.5 over 1 seed"
 
 
 @pytest.mark.parametrize(

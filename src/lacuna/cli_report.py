@@ -41,7 +41,7 @@ def report(
         return
     from lacuna.reports.text import print_report
 
-    print_report(made, Console(highlight=False, markup=False))
+    print_report(made, Console(highlight=False, markup=False, emoji=False))
     for file in (csv, html):
         if file is not None:
             click.echo(f"written: {file}")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 from lacuna.config.files import did_you_mean
 from lacuna.config.training import TrainingConfig
@@ -23,11 +23,14 @@ LOSS_SHARE = 10
 def choose_metric(asked: str | None, final: Collection[str], logged: Collection[str]) -> str:
     """The metric to compare by. final: what finished runs have; logged: what any run has.
 
-    Raises ConfigError for a name that no run has, as long as there is any.
+    Raises ConfigError for a name that no run has, and where none is asked for and there is no loss.
     """
-    if asked is None:
-        return next((name for known in (final, logged) for name in (VALIDATION, TRAINING) if name in known), VALIDATION)
     known = sorted({*final, *logged})
+    if asked is None:
+        losses = [name for names in (final, logged) for name in (VALIDATION, TRAINING) if name in names]
+        if known and not losses:
+            raise ConfigError(f"no run has {VALIDATION} or {TRAINING}: choose a --metric: {', '.join(known)}")
+        return (losses or [VALIDATION])[0]
     name = asked if asked in known else OTHER_NAMES.get(asked, asked)
     if known and name not in known:
         raise ConfigError(f"--metric {asked}: no run has it{did_you_mean(asked, known)}; there are {', '.join(known)}")
@@ -36,6 +39,8 @@ def choose_metric(asked: str | None, final: Collection[str], logged: Collection[
 
 def choose_goal(metric: str, asked: Goal | None) -> Goal:
     """What is better. Raises ConfigError where neither the user nor the name says it."""
+    if asked not in (None, *get_args(Goal)):
+        raise ConfigError(f"--goal {asked}: it is lowest or highest")
     if asked is not None:
         return asked
     if metric.endswith(LOWEST):

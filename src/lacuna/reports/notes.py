@@ -28,7 +28,7 @@ def notes_of(
 ) -> Iterator[str]:
     """A sentence each."""
     if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
-        yield f"{counted(len(foreign), 'folder')} hold a run of other settings, which counts nowhere: {some(foreign)}"
+        yield f"{counted(len(foreign), 'folder')} with a run of other settings, which counts nowhere: {some(foreign)}"
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
         yield f"{counted(len(lost), 'finished run')} without a finite {metric}, not counted: {some(lost, ', ')}"
     if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:

@@ -30,7 +30,9 @@ def run_result(index: int, rate: float, rank: int, seed: int, steps: int = 400) 
     """The loss falls fastest at 1e-3; run_004 fails half way, run_011 never starts."""
     state = {4: "failed", 11: "not started"}.get(index, "finished")
     length = {"finished": steps, "failed": steps // 2, "not started": 0}[state]
-    floor = 1.9 - 0.22 * math.log10(rate / 1e-5) - 0.02 * math.log2(rank) + 0.02 * math.sin(3 * seed + rank + 1e4 * rate)
+    floor = (
+        1.9 - 0.22 * math.log10(rate / 1e-5) - 0.02 * math.log2(rank) + 0.02 * math.sin(3 * seed + rank + 1e4 * rate)
+    )
     losses = [
         (step, floor + 1.6 * math.exp(-step / (40 + 10 * rank / 8)) + 0.05 * math.sin(step * (seed + 1.7)))
         for step in range(1, length + 1)

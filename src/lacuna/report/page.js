@@ -8,7 +8,9 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const shortened = (text) => (text.length > 24 ? text.slice(0, 23) + "…" : text);
-  const armStyle = (arm) => ({ color: colour("--c" + (arm % COLOURS)), dash: DASHES[Math.floor(arm / COLOURS) % DASHES.length] });
+  const faded = (colour) => colour + "70"; // #rrggbbaa; an opacity of the trace darkens what is behind it in Chromium
+  const armColour = (arm) => colour("--c" + (arm % COLOURS));
+  const armDash = (arm) => DASHES[Math.floor(arm / COLOURS) % DASHES.length];
 
   function axis(title, more) {
     const lines = { gridcolor: colour("--grid"), linecolor: colour("--line"), zeroline: false };
@@ -16,10 +18,11 @@
   }
 
   function layout(more) {
+    const family = getComputedStyle(document.body).fontFamily;
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--faint") },
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink"), size: 13 }, align: "left" },
+      font: { family, size: 13, color: colour("--faint") },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { family, color: colour("--ink"), size: 13 }, align: "left" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--ink") },
       margin: { l: 56, r: 18, t: 30, b: 46 },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
@@ -29,9 +32,10 @@
 
   function runTrace([index, x, y], faint) {
     const run = data.runs[index], seed = run.seed === null ? "" : "<br>seed " + run.seed;
+    const color = faint ? faded(armColour(run.arm)) : armColour(run.arm);
     return {
       type: "scatter", x, y, mode: x.length <= FEW_POINTS ? "lines+markers" : "lines",
-      line: { ...armStyle(run.arm), width: 1.6 }, marker: { size: 5 }, opacity: faint ? 0.35 : 0.9,
+      line: { color, dash: armDash(run.arm), width: 1.6 }, marker: { color, size: 5 },
       meta: [`<b>${escaped(run.id)}</b>${run.state === "finished" ? "" : " (" + escaped(run.state) + ")"}<br>${escaped(data.arms[run.arm])}${seed}`],
       hovertemplate: "%{meta[0]}<br>step %{x:,}: <b>%{y:.6~g}</b><extra></extra>",
     };
@@ -39,7 +43,7 @@
 
   function meanTrace([arm, x, y]) {
     return {
-      type: "scatter", x, y, mode: "lines", line: { ...armStyle(arm), width: 3.5 },
+      type: "scatter", x, y, mode: "lines", line: { color: armColour(arm), dash: armDash(arm), width: 3.5 },
       meta: [`<b>mean over seeds</b><br>${escaped(data.arms[arm])}`],
       hovertemplate: "%{meta[0]}<br>step %{x:,}: <b>%{y:.6~g}</b><extra></extra>",
     };
@@ -65,8 +69,8 @@
 
   function seedTrace(effect, [seed, y]) {
     return {
-      type: "scatter", x: effect.x, y, mode: "lines+markers", opacity: 0.35, connectgaps: true,
-      line: { color: colour("--faint"), width: 1 }, marker: { size: 5 }, text: effect.names.map(escaped),
+      type: "scatter", x: effect.x, y, mode: "lines+markers", connectgaps: true,
+      line: { color: faded(colour("--faint")), width: 1 }, marker: { color: faded(colour("--faint")), size: 5 }, text: effect.names.map(escaped),
       hovertemplate: `seed ${seed === null ? "none" : seed}<br>%{text}: <b>%{y:.6~g}</b><extra></extra>`,
     };
   }

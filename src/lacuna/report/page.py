@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,12 @@ def write_page(report: Report, file: Path) -> None:
     )
     environment.filters |= {
         "number": number, "value": text, "full": full, "duration": duration, "interval": interval, "p_value": p_value,
+        "decimals": decimals,
     }  # fmt: skip
     page = environment.get_template("page.html").render(
-        contents(report), scripts=[get_plotlyjs(), (HERE / "page.js").read_text()], style=(HERE / "page.css").read_text()
+        contents(report),
+        scripts=[get_plotlyjs(), (HERE / "page.js").read_text()],
+        style=(HERE / "page.css").read_text(),
     )
     write_whole(file, page)
 
@@ -128,15 +131,24 @@ def full(estimate: Estimate) -> str:
     return ", ".join([*parts, f"{estimate.count} seed{'s' * (estimate.count != 1)}"])
 
 
-def interval(estimate: Estimate) -> tuple[str, str]:
-    """Mean, and interval if it has one, with the digits that the interval's width gives a meaning."""
-    if estimate.low is None or estimate.high is None:
-        return number(estimate.mean), ""
-    half, largest = (estimate.high - estimate.low) / 2, max(abs(estimate.low), abs(estimate.high))
-    if half < largest * 1e-6 or not 1e-4 <= largest < 1e6:
-        return number(estimate.mean), f"[{number(estimate.low)}, {number(estimate.high)}]"
-    digits = max(0, 1 - math.floor(math.log10(half)))
-    return f"{estimate.mean:.{digits}f}", f"[{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+def decimals(estimates: Iterable[Estimate | None]) -> int | None:
+    """Decimals of the numbers in a column: two digits of its narrowest interval; None where these would be many."""
+    bounds = [(e.low, e.high) for e in estimates if e is not None and e.low is not None and e.high is not None]
+    halves = [(high - low) / 2 for low, high in bounds if high > low]
+    if not halves:
+        return None
+    largest = max(abs(edge) for pair in bounds for edge in pair)
+    return max(0, 1 - math.floor(math.log10(min(halves)))) if min(halves) > largest * 1e-5 else None
+
+
+def interval(estimate: Estimate, decimals: int | None) -> tuple[str, str]:
+    """Mean, and interval if it has one."""
+
+    def show(value: float) -> str:
+        return number(value) if decimals is None else f"{value:,.{decimals}f}"
+
+    is_known = estimate.low is not None and estimate.high is not None
+    return show(estimate.mean), f"[{show(estimate.low)}, {show(estimate.high)}]" if is_known else ""
 
 
 def p_value(value: float | None) -> str:

@@ -4,7 +4,7 @@ import math
 from statistics import fmean, stdev
 from typing import Any
 
-from lacuna.report.results import Arm, Comparison, Effect, Estimate, Level, Report, RunResult
+from lacuna.reports.results import Arm, Comparison, Effect, Estimate, Level, Report, RunResult
 
 SEEDS = (1, 2, 3)
 T_FACTOR = {2: 12.706 / math.sqrt(2), 3: 4.303 / math.sqrt(3)}

@@ -19,9 +19,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from lacuna.report.curves import ALL_POINTS, MOST_POINTS, SHOWN_RUNS, mean_curve, point_limit, scale_of, thinned
-from lacuna.report.page import as_script, decimals, duration, interval, number, p_value, round_values, write_page
-from lacuna.report.results import Estimate, Report
+from lacuna.reports.curves import ALL_POINTS, MOST_POINTS, SHOWN_RUNS, mean_curve, point_limit, scale_of, thinned
+from lacuna.reports.page import as_script, decimals, duration, interval, number, p_value, round_values, write_page
+from lacuna.reports.results import Estimate, Report
 from report_fixture import estimate, run_result, sample
 
 needs_browser = pytest.mark.skipif(
@@ -331,7 +331,7 @@ def test_an_axis_has_two_to_six_round_values(low: float, width: float) -> None:
 def test_the_page_without_its_extra_names_the_install_command(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['plotly'] = None\n"
-        "from pathlib import Path\nfrom report_fixture import sample\nfrom lacuna.report.page import write_page\n"
+        "from pathlib import Path\nfrom report_fixture import sample\nfrom lacuna.reports.page import write_page\n"
         "write_page(sample(), Path('report.html'))"
     )
     path = {"PYTHONPATH": ":".join(sys.path)}

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from lacuna import __version__
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import MissingExtraError
 from lacuna.experiment.merge import leaves
-from lacuna.report.curves import metric_names, plot_data, point_limit, visible
-from lacuna.report.results import BUDGET, Arm, Comparison, Estimate, Report, RunResult
+from lacuna.reports.curves import plot_data
+from lacuna.reports.numbers import decimals, duration, full, interval, number, p_value, scale, text
+from lacuna.reports.results import BUDGET, Arm, Comparison, Report, RunResult
 from lacuna.runs.folder import write_whole
 
 HERE = Path(__file__).parent
@@ -72,7 +73,6 @@ def contents(report: Report) -> dict[str, Any]:
         "level_comparisons": _by_variable(report.comparisons),
         "heat_map": heat_map(report, arms),
         "budget": budget_by_arm(finished, arms),
-        "budget_names": {name: words for name, words in BUDGET.items() if any(name in r.budget for r in finished)},
         "design": design_of(report.experiment),
         "runs": [*sorted(unfinished, key=lambda run: run.state != "failed"), *finished],
         "unfinished": len(unfinished),
@@ -85,10 +85,6 @@ def contents(report: Report) -> dict[str, Any]:
         "data": data,
         "json": as_script(data),
         "hash": digest,
-        "visible": visible(data["runs"]),
-        "point_limit": point_limit(sum(len(run.curves) for run in report.runs)),
-        "is_thinned": _is_thinned(report),
-        "metrics": metric_names(report),
         "colour": lambda index: index % COLOURS,
         "dash": lambda index: index // COLOURS % DASHES,
     }
@@ -108,90 +104,6 @@ def as_script(data: Any) -> str:
 def digest(script: str) -> str:
     """How a Content-Security-Policy names a script that may run."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def number(value: float) -> str:
-    """Sensible digits: four, and all of an integer."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return text(value)
-    if not math.isfinite(value):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def full(estimate: Estimate) -> str:
-    """All digits of an estimate."""
-    parts = [f"mean {estimate.mean!r}"]
-    if estimate.low is not None:
-        parts.append(f"interval {estimate.low!r} to {estimate.high!r}")
-    if estimate.deviation is not None:
-        parts.append(f"standard deviation {estimate.deviation!r}")
-    return ", ".join([*parts, f"{estimate.count} seed{'s' * (estimate.count != 1)}"])
-
-
-def decimals(estimates: Iterable[Estimate | None]) -> int | None:
-    """Decimals of the numbers in a column: two digits of its narrowest interval; None where these would be many."""
-    bounds = [(e.low, e.high) for e in estimates if e is not None and e.low is not None and e.high is not None]
-    halves = [(high - low) / 2 for low, high in bounds if high > low]
-    if not halves:
-        return None
-    largest = max(abs(edge) for pair in bounds for edge in pair)
-    return max(0, 1 - math.floor(math.log10(min(halves)))) if min(halves) > largest * 1e-5 else None
-
-
-def interval(estimate: Estimate, decimals: int | None) -> tuple[str, str]:
-    """Mean, and interval if it has one."""
-
-    def show(value: float) -> str:
-        return number(value) if decimals is None else f"{value:,.{decimals}f}"
-
-    is_known = estimate.low is not None and estimate.high is not None
-    return show(estimate.mean), f"[{show(estimate.low)}, {show(estimate.high)}]" if is_known else ""
-
-
-def p_value(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def text(value: Any) -> str:
-    """A setting or a fact as a person writes it."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str).replace("null", "none") if value is None else _json(value)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def scale(estimates: Sequence[Estimate | None], values: Sequence[float]) -> dict[str, Any]:
-    """An axis over all of it. at: a function from a value to a share of its length. ticks: round values."""
-    bounds = [edge for e in estimates if e is not None for edge in (e.mean, e.low, e.high) if edge is not None]
-    every = [edge for edge in (*bounds, *values) if math.isfinite(edge)] or [0.0]
-    low, high = min(every), max(every)
-    margin = (high - low) * 0.05 or abs(low) * 0.05 or 1.0
-    low, high = low - margin, high + margin
-    return {"at": lambda value: f"{100 * (value - low) / (high - low):.2f}%", "ticks": round_values(low, high)}
-
-
-def round_values(low: float, high: float) -> list[tuple[float, str]]:
-    """Two to five multiples of 1, 2 or 5 times a power of ten between the two, with their texts."""
-    power = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= 5)
-    digits = max(0, -math.floor(math.log10(step * 1.0001)))
-    first, last = math.ceil(low / step), math.floor(high / step)
-    found = [multiple * step for multiple in range(first, last + 1)]
-    return [(value, f"{value:,.{digits}f}" if digits <= 6 else f"{value:.4g}") for value in found]
 
 
 def _by_variable(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
@@ -221,7 +133,7 @@ def heat_map(report: Report, arms: Sequence[Arm]) -> dict[str, Any] | None:
 
 
 def budget_by_arm(finished: Sequence[RunResult], arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """For each name of the budget what its arms spent (texts; a range where the seeds differ), and whether they differ."""
+    """For each name of the budget what each arm spent (a range where its seeds differ), and whether the arms differ."""
     rows = []
     for name, words in BUDGET.items():
         cells = []
@@ -285,7 +197,8 @@ def _some(ids: Sequence[str]) -> str:
 
 def commands(report: Report) -> list[tuple[str, str]]:
     """What repeats the experiment, and what it is for."""
-    folder = shlex.quote(str(Path(report.mapping).parent))
+    place = Path(report.mapping).parent
+    folder = shlex.quote(str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place))
     run = next((run for run in report.runs if run.folder is not None and run.state == "finished"), None)
     found = [
         (f"lacuna generate experiment.yaml --output {folder}", "writes the config of every run"),
@@ -295,8 +208,3 @@ def commands(report: Report) -> list[tuple[str, str]]:
     if run is not None:
         found.append((f"lacuna replay {shlex.quote(str(run.folder))}", "one run's config, byte for byte"))
     return found
-
-
-def _is_thinned(report: Report) -> bool:
-    limit = point_limit(sum(len(run.curves) for run in report.runs))
-    return any(len(curve) > limit for run in report.runs for curve in run.curves.values())

@@ -1,13 +1,14 @@
 """The data of the page's plots: curves, their means over seeds, and what each variable does. Pure functions."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lacuna.report.results import Arm, Effect, Report, RunResult
+from lacuna.reports.numbers import text
+from lacuna.reports.results import Arm, Effect, Report, RunResult
 
 MOST_POINTS = 1000
 """Of one curve."""
@@ -27,15 +28,22 @@ def plot_data(report: Report, arms: Sequence[Arm]) -> dict[str, Any]:
     place = {arm.name: index for index, arm in enumerate(arms)}
     runs = [run for arm in arms for run in report.runs if run.arm == arm.name]
     names = metric_names(report)
-    limit = point_limit(sum(len(run.curves) for run in runs))
+    curves = [curve for run in runs for curve in run.curves.values()]
+    limit = point_limit(len(curves))
     return {
         "metric": report.metric,
         "arms": [arm.name for arm in arms],
         "runs": [
-            {"id": run.id, "arm": place[run.arm], "seed": run.seed, "state": run.state} for run in runs
+            {
+                "id": run.id, "arm": place[run.arm], "seed": run.seed, "state": run.state,
+                "is_shown": index < SHOWN_RUNS,
+            }
+            for index, run in enumerate(runs)
         ],
+        "limit": limit,
+        "is_thinned": any(len(curve) > limit for curve in curves),
         "curves": [_of_metric(name, runs, arms, limit) for name in names],
-        "effects": [_effect(effect) for effect in report.effects],
+        "effects": [_effect(effect) for effect in report.effects if effect.levels],
         "confidence": f"{report.confidence:.0%}",
     }  # fmt: skip
 
@@ -101,7 +109,7 @@ def _effect(effect: Effect) -> dict[str, Any]:
         "variable": effect.variable,
         "scale": scale,
         "x": list(range(len(values))) if scale == "category" else values,
-        "names": [str(value) for value in values],
+        "names": [text(value) for value in values],
         "means": [level.estimate.mean for level in effect.levels],
         "lows": [level.estimate.low for level in effect.levels],
         "highs": [level.estimate.high for level in effect.levels],
@@ -109,15 +117,9 @@ def _effect(effect: Effect) -> dict[str, Any]:
     }
 
 
-def scale_of(values: Iterable[Any]) -> str:
+def scale_of(values: Sequence[Any]) -> str:
     """category, linear, or log where numbers above zero span decades."""
-    found = list(values)
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return "category"
-    is_wide = min(found) > 0 and max(found) >= min(found) * 10**DECADES
+    is_wide = min(values) > 0 and max(values) >= min(values) * 10**DECADES
     return "log" if is_wide else "linear"
-
-
-def visible(runs: Sequence[Mapping[str, Any]]) -> set[int]:
-    """The runs that are drawn at first: those of the first arms."""
-    return set(range(min(SHOWN_RUNS, len(runs))))

@@ -1,4 +1,4 @@
-"""A report made by hand: two variables, three seeds, one failed run, one that never started, one combination left out."""
+"""A report made by hand: two variables, three seeds, one run failed, one never started, one combination left out."""
 
 import math
 from statistics import fmean, stdev
@@ -30,9 +30,8 @@ def run_result(index: int, rate: float, rank: int, seed: int, steps: int = 400) 
     """The loss falls fastest at 1e-3; run_004 fails half way, run_011 never starts."""
     state = {4: "failed", 11: "not started"}.get(index, "finished")
     length = {"finished": steps, "failed": steps // 2, "not started": 0}[state]
-    floor = (
-        1.9 - 0.22 * math.log10(rate / 1e-5) - 0.02 * math.log2(rank) + 0.02 * math.sin(3 * seed + rank + 1e4 * rate)
-    )
+    noise = 0.02 * math.sin(3 * seed + rank + 1e4 * rate)
+    floor = 1.9 - 0.22 * math.log10(rate / 1e-5) - 0.02 * math.log2(rank) + noise
     losses = [
         (step, floor + 1.6 * math.exp(-step / (40 + 10 * rank / 8)) + 0.05 * math.sin(step * (seed + 1.7)))
         for step in range(1, length + 1)

@@ -40,7 +40,7 @@ TORCH_FREE = [
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
-    "lacuna.reports.curves", "lacuna.reports.page", "lacuna.reports.results",
+    "lacuna.reports.curves", "lacuna.reports.numbers", "lacuna.reports.page", "lacuna.reports.results",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 

@@ -109,7 +109,7 @@ def sample(**changes: Any) -> Report:
         "base": "configs/sft_qwen.toml",
         "mapping": "configs/rank/run_mapping.yaml",
         "metric": "validation_loss",
-        "how": "A run's value is that of the weights in final/: its lowest validation loss.",
+        "how": "of the weights in final/: those of the lowest validation loss",
         "goal": "lowest",
         "confidence": 0.95,
         "runs": tuple(runs),

@@ -40,7 +40,7 @@ def browser() -> Iterator[Chrome]:
     for word in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1000"):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    chrome = Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield chrome
     chrome.quit()
 

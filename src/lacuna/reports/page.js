@@ -20,7 +20,7 @@
   function layout(more) {
     const family = getComputedStyle(document.body).fontFamily;
     return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
+      paper_bgcolor: colour("--card"), plot_bgcolor: colour("--card"), showlegend: false, hovermode: "closest", hoverdistance: 40,
       font: { family, size: 13, color: colour("--faint") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { family, color: colour("--ink"), size: 13 }, align: "left" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--ink") },

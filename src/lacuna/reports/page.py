@@ -79,7 +79,7 @@ def contents(report: Report) -> dict[str, Any]:
         "variables": list(dict.fromkeys(name for run in report.runs for name in run.settings)),
         "common_facts": common,
         "differing_facts": differing,
-        "totals": {words: report.totals[name] for name, words in TOTALS.items() if name in report.totals},
+        "totals": {words: report.totals[name] for name, words in TOTALS.items() if report.totals.get(name)},
         "commands": commands(report),
         "experiment_file": dump_yaml({k: v for k, v in report.experiment.items() if k != "slurm"}),
         "data": data,

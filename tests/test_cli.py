@@ -44,6 +44,7 @@ TORCH_FREE = [
     "lacuna.cli_report", "lacuna.reports.collect", "lacuna.reports.make", "lacuna.reports.metric",
     "lacuna.reports.notes", "lacuna.reports.page", "lacuna.reports.results", "lacuna.reports.statistics",
     "lacuna.reports.table", "lacuna.reports.verdict",
+    "lacuna.reports.curves", "lacuna.reports.numbers",
 ]  # fmt: skip
 NOT_TORCH_FREE = {"plan/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'

@@ -1,11 +1,12 @@
 """What a person sees while the runs of an experiment go on: a table in a terminal, a line for each event elsewhere."""
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,8 @@ from lacuna.train.progress import format_duration
 REFRESH_SECONDS = 0.5
 SHOWN_RUNS = 20
 """Up to so many are all shown; of more, those that run or have failed last."""
+SHOWN_REASON = 80
+"""Characters of a reason; all of it is said at the end."""
 
 
 class Board:
@@ -75,7 +78,8 @@ class Board:
             self._event(f"{run.id} finished{f', {said}' if said else ''} ({done})")
             return
         self._failed += [run.id] if state != "stopped" else []
-        self._event(f"{run.id} {state}: {reason or 'it did not say why'}; log: {run.folder / OUTPUT_LOG}")
+        said = textwrap.shorten(reason, SHOWN_REASON, placeholder=" …") or "it did not say why"
+        self._event(f"{run.id} {state}: {said}; log: {run.folder / OUTPUT_LOG}")
 
     def _event(self, text: str) -> None:
         if self._live is None:
@@ -87,14 +91,14 @@ class Board:
             self._shown = time.monotonic()
             self._live.update(self.render(), refresh=True)
 
-    def render(self) -> Table:
+    def render(self) -> Group:
         """The table as it is now."""
         names = list(self._runs)
         if len(names) > SHOWN_RUNS:
             names = [*self._failed[-SHOWN_RUNS // 2 :], *self._starts]
-        table = Table(caption=self.summary(), caption_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for name in ("run", "settings", "seed", "state", "step", "loss", "tokens/s", "reason"):
-            table.add_column(name, no_wrap=name != "settings", overflow="ellipsis")
+            table.add_column(name, no_wrap=name not in ("settings", "reason"))
         for id in names:
             run, state = self._runs[id], self.states[id]
             status = (read_status(run.folder) or {}) if state != "waiting" else {}
@@ -103,20 +107,21 @@ class Board:
                 id, run.varies, str(run.seed) if run.seed is not None else "", state,
                 f"{status['step']}/{status.get('total_steps') or '?'}" if "step" in status else "",
                 f"{loss:.4f}" if loss is not None else "", f"{speed:,.0f}" if speed is not None else "",
-                " ".join(self.reasons.get(id, "").split()),
+                textwrap.shorten(self.reasons.get(id, ""), SHOWN_REASON, placeholder=" …"),
             ]  # fmt: skip
             table.add_row(*map(Text, cells))
-        return table
+        return Group(table, Text(self.summary()))
 
     def summary(self) -> str:
         """How many runs are in which state, and the time that is left."""
-        counts = ", ".join(f"{count} {state}" for state, count in Counter(self.states.values()).items())
+        found = Counter(self.states.values())
+        counts = ", ".join(f"{found[state]} {state}" for state in sorted(found))
         now = time.monotonic()
         going = [
             (now - began, share, _share(read_status(self._runs[id].folder) or {}))
             for id, (began, share) in self._starts.items()
         ]
-        left = seconds_left(self._seconds, going, Counter(self.states.values())["waiting"], self._jobs)
+        left = seconds_left(self._seconds, going, found["waiting"], self._jobs)
         runs = f"{len(self.states)} run{'s' * (len(self.states) != 1)}"
         return f"{runs}: {counts}" + (f"; about {format_duration(left)} left" if left is not None else "")
 

@@ -1,11 +1,13 @@
 """`lacuna run` by the real command: runs that start once, go on where they were, and fail alone."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
@@ -28,7 +30,7 @@ from lacuna.launch.board import Board, seconds_left
 from lacuna.launch.devices import shares, visible_devices
 from lacuna.launch.record import Submission, spans
 from lacuna.launch.selection import Planned, plan
-from lacuna.runs.folder import write_status
+from lacuna.runs.folder import locked, write_status
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
@@ -138,11 +140,12 @@ def test_an_adapter_run_that_was_killed_with_its_caller_goes_on_alone(
 ) -> None:
     training = {
         "learning_rate": 1e-2, "lora_r": 4, "sequence_length": 128, "max_steps": 60, "logging_steps": 1,
-        "save_steps": 10, "batch_size": 2, "gradient_accumulation_steps": 1,
+        "batch_size": 2, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     base = {"model": {"path": str(model_folder)}, "dataset": {"path": str(chat_file)}, "device": "cpu"}
     Path("adapter.yaml").write_text(dump_yaml({**base, "training": training}))
-    write("e.yaml", "adapter.yaml", seeds=[1, 2], controls={"output_dir": "runs", "training.lora_alpha": 8})
+    twins = {"training.save_steps": [10, 20]}  # of the same losses
+    write("e.yaml", "adapter.yaml", variables=twins, controls={"output_dir": "runs", "training.lora_alpha": 8})
     caller = spawn("lacuna", "run", "e.yaml")
     caller.wait_until(lambda: step("run_000") >= 15)
     child = child_of(caller)
@@ -151,7 +154,7 @@ def test_an_adapter_run_that_was_killed_with_its_caller_goes_on_alone(
     assert lease.take(Path("runs/run_000")) is None
     psutil.Process(child).kill()
     end = time.monotonic() + 20
-    while lease.is_taken(Path("runs/run_000")):
+    while lease.is_leased(Path("runs/run_000")):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert [row.state for row in table("configs")] == ["died", "not submitted"]
@@ -161,10 +164,8 @@ def test_an_adapter_run_that_was_killed_with_its_caller_goes_on_alone(
     assert "2 runs: 2 finished" in outcome.output
     assert [len(starts("run_000")), len(starts("run_001"))] == [2, 1]
     assert Path("runs/run_000/output.log").read_text().count("resuming from") == 1
-    calm = run("finetune", "--config", "configs/run_000.yaml", "--set", "training.output_dir=calm")
-    assert calm.code == 0, calm.output
-    assert losses(Path("runs/run_000")) == losses(Path("calm"))
-    assert len(losses(Path("calm"))) == 60
+    assert losses(Path("runs/run_000")) == losses(Path("runs/run_001"))
+    assert len(losses(Path("runs/run_001"))) == 60
 
 
 def test_ctrl_c_saves_all_runs_and_the_next_call_goes_on(
@@ -182,7 +183,7 @@ def test_ctrl_c_saves_all_runs_and_the_next_call_goes_on(
     output = caller.stop(signal.SIGINT)
     assert caller.popen.returncode == 130, output
     assert "stopping: 2 running, which save what they have\n" in output
-    assert "\n3 runs: 2 interrupted, 1 not submitted\n" in output
+    assert "\n3 runs: 2 interrupted, 1 not started\n" in output
     assert "stopped; 2 runs are saved; go on with: lacuna run configs --jobs 2\n" in output
     stopped = step("run_000")
     assert 5 <= stopped < 1000
@@ -306,18 +307,26 @@ def test_a_lease_holds_until_both_the_caller_and_its_child_are_gone(tmp_path: Pa
     child = subprocess.Popen(["sleep", "60"], pass_fds=[held])
     os.close(held)
     assert lease.take(folder) is None
-    assert lease.is_taken(folder)
+    assert lease.is_leased(folder)
     child.kill()
     child.wait()
-    assert not lease.is_taken(folder)
+    assert not lease.is_leased(folder)
     again = lease.take(folder)
     assert again is not None
     os.close(again)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert lease.is_taken(folder)
         assert lease.take(folder) is None
-    assert not lease.is_taken(tmp_path / "none")
+    assert not lease.is_leased(tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match=r"run: its file system has no locks: No locks available"):
+        lease.take(tmp_path / "run")
 
 
 # Devices.
@@ -362,6 +371,11 @@ def test_devices_are_found_without_torch(tmp_path: Path, monkeypatch: pytest.Mon
     assert visible_devices({}) == ["0", "1"]
     program.write_text("#!/bin/sh\nexit 9\n")
     assert visible_devices({}) == []
+
+
+def test_what_runs_the_runs_does_without_torch() -> None:
+    code = "import sys, lacuna\nlacuna.run\nprint({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 # What is shown.
@@ -431,12 +445,18 @@ def test_runs_that_slurm_or_another_process_has_are_not_submitted(
 
     held = lease.take(Path("runs/run_007"))
     assert held is not None
-    outcome = run("lacuna", "run", "configs", "--slurm")
+    Path("c.yaml").write_text("time: 10\n")
+    outcome = run("lacuna", "run", "configs", "--slurm", "--cluster", "c.yaml", "--output", "other")
     assert "note: run_004 is submitted in SLURM's job 17_4: left to it" in outcome.output
     assert "note: run_007 runs in another process: left to it" in outcome.output
-    assert "#SBATCH --array=2-3,5-6\n" in Path("slurm/study.sh").read_text()
+    script = Path("other/study.sh").read_text()
+    assert "#SBATCH --array=2-3,5-6\n" in script
+    assert "#SBATCH --time=10\n" in script
     os.close(held)
+    with locked(Path("runs/run_007")):
+        outcome = run("lacuna", "run", "configs", "--slurm", "--only", "run_007")
+    assert "note: run_007 runs in another process: left to it" in outcome.output
     outcome = run("lacuna", "run", "configs", "--slurm", "--only", "run_000,run_001")
-    assert "nothing to submit: 0 runs are finished, and others run or wait already" in outcome.output
+    assert "nothing to submit: all runs are finished, or run or wait already" in outcome.output
     outcome = run("lacuna", "run", "configs", "--only", "run_000")
     assert (outcome.code, "already finished: 0 of 1 runs" in outcome.output) == (1, True)

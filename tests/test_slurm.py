@@ -140,7 +140,7 @@ def test_what_is_missing_is_submitted_and_what_waits_is_not(project: Project) ->
     rows = project.rows("configs")
     assert [row["state"] for row in rows] == ["finished"] * 4, project.logs()
     assert [row["job"] for row in rows] == [f"{second}_0", f"{first}_1", f"{second}_2", f"{first}_3"]
-    assert "nothing to submit: 4 runs are finished" in project.lacuna("run", "configs", "--slurm")
+    assert "nothing to submit: all runs are finished" in project.lacuna("run", "configs", "--slurm")
     assert "already finished: 4 of 4 runs" in project.lacuna("run", "configs")
 
 

@@ -334,7 +334,7 @@ def test_an_experiment_becomes_one_array(run: Run, here: Path) -> None:
         f"job=$(sbatch --parsable \"--dependency=afterany:${{job%%;*}}\" '{second}')" in outcome.output
     )
     assert "#SBATCH --array=0-1%2\n" in first.read_text()
-    assert "#SBATCH --array=0-0%2\n" in second.read_text()
+    assert "#SBATCH --array=0%2\n" in second.read_text()
     assert '"$((SLURM_ARRAY_TASK_ID + 2))" &' in second.read_text()
     for line in (
         "--gpus-per-node=h100:2", f'--chdir="{here}"', f'--output="{here}/sc ripts/logs/%A_%a.log"',

@@ -12,21 +12,24 @@ from rich.console import Console
 
 from lacuna.config.files import read_layer
 from lacuna.errors import ConfigError
+from lacuna.experiment.folder import MAPPING
 from lacuna.experiment.generator import generate
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
-from lacuna.launch.lease import is_taken
+from lacuna.launch.lease import is_leased
 from lacuna.launch.pool import execute
 from lacuna.launch.record import read_submissions
 from lacuna.launch.selection import Planned, choose, plan
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
 from lacuna.platform.detect import read_host
-from lacuna.runs.folder import OUTPUT_LOG, job_of
+from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of
 from lacuna.runs.status import Row, table
 
 QUEUED = {"pending", "submitted", "starting", "running", "requeued", "restarting"}
+NOT_STARTED = "not submitted"
+"""What `lacuna status` says of a run that neither SLURM nor a process has begun."""
 SHOWN_FAILURES = 20
 
 
@@ -84,7 +87,7 @@ def run(
     missing = [run for run in missing if run.id not in queued]
     place = os.path.relpath(mapping.file.parent)
     if slurm:
-        return _submit(mapping, missing, finished, place, cluster, output or "slurm", torchtune_python, console)
+        return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)
     if not missing:
         rows = _rows(mapping, chosen)
         console.print(f"already finished: {len(finished)} of {len(rows)} runs")
@@ -112,7 +115,7 @@ def _check_options(
     cluster: str | None,
     output: str | None,
 ) -> None:
-    is_generated = isinstance(target, str | Path) and (Path(target).is_dir() or Path(target).name == "run_mapping.yaml")
+    is_generated = isinstance(target, str | Path) and (Path(target).is_dir() or Path(target).name == MAPPING)
     problems = []
     if jobs is not None and jobs < 1:
         problems.append(f"--jobs {jobs}: at least 1")
@@ -134,8 +137,9 @@ def _rows(mapping: RunMapping, chosen: Sequence[int]) -> list[Row]:
 
 
 def _is_queued(row: Row) -> bool:
-    """Whether SLURM has the run; in a job, other than this one."""
-    return row.job is not None and row.state in QUEUED and row.job != job_of(os.environ).get("job")
+    """Whether SLURM has the run in a job, other than this one; what a process here has is not SLURM's."""
+    is_in_a_job = row.job is not None and row.state in QUEUED and row.job != job_of(os.environ).get("job")
+    return is_in_a_job and not is_leased(Path(str(row.folder)))
 
 
 def _shares(mapping: RunMapping, jobs: int) -> list[dict[str, str]]:
@@ -151,8 +155,8 @@ def _shares(mapping: RunMapping, jobs: int) -> list[dict[str, str]]:
 
 def _submit(
     mapping: RunMapping,
+    chosen: Sequence[int],
     missing: Sequence[Planned],
-    finished: Sequence[Planned],
     place: str,
     cluster: str | None,
     output: str,
@@ -160,7 +164,7 @@ def _submit(
     console: Console,
 ) -> Outcome:
     """Give SLURM those of the missing runs that no process here has."""
-    free = [run for run in missing if not is_taken(run.folder)]
+    free = [run for run in missing if not (is_leased(run.folder) or is_held(run.folder))]
     for run in missing:
         if run not in free:
             console.print(f"note: {run.id} runs in another process: left to it", soft_wrap=True, markup=False)
@@ -172,10 +176,9 @@ def _submit(
         for id, job in zip(jobs, written.jobs, strict=True):
             console.print(f"submitted: job {id}, {len(job.tasks)} runs", soft_wrap=True)
     else:
-        console.print(f"nothing to submit: {len(finished)} runs are finished, and others run or wait already")
-    asked = sorted(run.index for run in [*missing, *finished])
+        console.print("nothing to submit: all runs are finished, or run or wait already")
     console.print(f"how they are: lacuna status {shlex.quote(place)}", soft_wrap=True, markup=False)
-    return Outcome(place, _rows(mapping, asked), 0, jobs)
+    return Outcome(place, _rows(mapping, chosen), 0, jobs)
 
 
 def _known(row: Row, board: Board) -> Row:
@@ -191,17 +194,17 @@ def _tell(rows: Sequence[Row], started: Sequence[Planned], again: str, is_stoppe
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    counts = Counter(row.state for row in rows)
+    counts = Counter("not started" if row.state == NOT_STARTED else row.state for row in rows)
     say(f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-    if is_stopped:
-        saved = sum(row.state == "interrupted" and bool(row.step) for row in rows)
-        say(f"stopped; {saved} run{'s are' if saved != 1 else ' is'} saved; go on with: {again}")
-        return
     logs = {run.id: run.folder / OUTPUT_LOG for run in started}
-    failed = [row for row in rows if row.state != "finished" and row.run in logs]
+    unharmed = {"finished", *(("interrupted", NOT_STARTED) if is_stopped else ())}
+    failed = [row for row in rows if row.state not in unharmed and row.run in logs]
     for row in failed[:SHOWN_FAILURES]:
         say(f"{row.run} {row.state}: {row.reason or 'it did not say why'}\n  log: {logs[row.run]}")
     if len(failed) > SHOWN_FAILURES:
         say(f"… and {len(failed) - SHOWN_FAILURES} more: lacuna status")
-    if failed:
+    if is_stopped:
+        saved = sum(row.state == "interrupted" and bool(row.step) for row in rows)
+        say(f"stopped; {saved} run{'s are' if saved != 1 else ' is'} saved; go on with: {again}")
+    elif failed:
         say(f"finished runs stay as they are; start the others again with: {again}")

@@ -40,10 +40,8 @@ def take(folder: Path) -> int | None:
     return lease
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether another holds the run, or trains in its folder, as far as this machine can see."""
-    if is_held(folder):
-        return True
+def is_leased(folder: Path) -> bool:
+    """Whether another caller, or a run that one has started, holds the run, as far as this machine can see."""
     try:
         with (folder / LEASE).open() as lease:
             fcntl.flock(lease, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -206,7 +206,9 @@ def test_ctrl_c_saves_all_runs_and_the_next_call_goes_on(
 
 
 @pytest.mark.skipif(not Path(TORCHTUNE_PYTHON).exists(), reason="no .venv-torchtune here: make torchtune")
-def test_torchtunes_runs_begin_again_and_are_left_alone_when_finished(run: Run, here: Path) -> None:
+def test_torchtunes_runs_begin_again_and_are_left_alone_when_finished(
+    run: Run, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     llama, rows = make_llama(here / "llama"), write_rows(here / "rows.jsonl")
     controls = {**tiny_controls(llama, rows, "lora_llama3_2"), "output_dir": "runs", "max_steps_per_epoch": 4}
     del controls["seed"]
@@ -215,6 +217,7 @@ def test_torchtunes_runs_begin_again_and_are_left_alone_when_finished(run: Run, 
     write_status(here / "runs" / "run_001", "failed", 0, None, reason="before")
     done = lacuna.run({**experiment, "controls": controls}, jobs=2, torchtune_python=TORCHTUNE_PYTHON)
     logs = "".join(file.read_text() for file in here.glob("runs/*/output.log"))
+    assert "run_001 begins again: torchtune cannot go on where it stopped\n" in capfd.readouterr().out
     assert (done.exit_code, [row.state for row in done.rows]) == (0, ["finished", "finished"]), logs
     outcome = run("lacuna", "run", "configs")
     assert outcome.output.strip() == "already finished: 2 of 2 runs"
@@ -294,6 +297,13 @@ def test_a_run_that_dies_before_it_can_say_so_is_told_by_its_log(run: Run, study
     assert outcome.code == 1
     assert "run_000 failed: ImportError: no such luck" in outcome.output
     assert table("configs")[0].reason == "ImportError: no such luck"
+
+    caller = spawn("lacuna", "run", "e.yaml", "--only", "run_002")
+    caller.wait_until(lambda: "run_002 started" in caller.output())
+    caller.wait_until(lambda: psutil.Process(caller.popen.pid).children())
+    psutil.Process(child_of(caller)).kill()
+    assert "run_002 failed: killed by SIGKILL (the system does that when memory runs out)" in caller.wait()
+    assert table("configs")[2].state == "failed"
 
 
 # The lease.

@@ -18,7 +18,8 @@ SITE_PACKAGES = Path(pytest.__file__).parent.parent
 SOURCE = Path(__file__).parent.parent / "src"
 CORE_ONLY = (
     "click", "numpy", "numpy.libs", "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py",
-    "typing_inspection", "yaml", "_yaml", "tomli_w", "simpleeval.py", "rich", "pygments", "markdown_it", "mdurl",
+    "typing_inspection", "psutil", "yaml", "_yaml", "tomli_w", "simpleeval.py", "rich", "pygments", "markdown_it",
+    "mdurl",
 )  # fmt: skip
 """Packages of the core and what they need, as folder or file names."""
 TORCH_FREE = [
@@ -35,9 +36,10 @@ TORCH_FREE = [
     "lacuna.experiment.parameters", "lacuna.experiment.recipe", "lacuna.experiment.schema", "lacuna.experiment.sweep",
     "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
     "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
-    "lacuna.launch.child", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
-    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.settings", "lacuna.runs.status",
-    "lacuna.plan.data",
+    "lacuna.launch.child", "lacuna.launch.devices",
+    "lacuna.launch.lease", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
+    "lacuna.launch.selection", "lacuna.runs.settings", "lacuna.cli_run",
+    "lacuna.launch.start", "lacuna.runs.logs", "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",

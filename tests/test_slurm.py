@@ -123,6 +123,27 @@ def test_six_runs_of_which_one_fails_two_at_a_time(project: Project) -> None:
     assert all((project.folder / "runs" / f"run_00{index}" / "final").is_dir() for index in (0, 1, 4, 5))
 
 
+def test_what_is_missing_is_submitted_and_what_waits_is_not(project: Project) -> None:
+    write_base(project.folder, **project.files, output_dir="ignored")
+    experiment = {
+        "experiment_name": "some", "base_config_file": "one.yaml", "seeds": [1, 2, 3, 4],
+        "controls": {"output_dir": "runs", "steps": 3}, "slurm": {"lead": 60, "time": 10},
+    }  # fmt: skip
+    (project.folder / "some.yaml").write_text(dump_yaml(experiment))
+    said = project.lacuna("run", "some.yaml", "--slurm", "--only", "run_001,run_003")
+    (first,) = re.findall(r"^submitted: job (\d+), 2 runs$", said, re.MULTILINE)
+    assert set(project.cluster.jobs()) <= {f"{first}_1", f"{first}_3"}
+    said = project.lacuna("run", "configs", "--slurm")
+    (second,) = re.findall(r"^submitted: job (\d+), 2 runs$", said, re.MULTILINE)
+    assert f"left to it\nnote: run_003 is submitted in SLURM's job {first}_3: left to it" in said
+    project.cluster.wait_for(first, second)
+    rows = project.rows("configs")
+    assert [row["state"] for row in rows] == ["finished"] * 4, project.logs()
+    assert [row["job"] for row in rows] == [f"{second}_0", f"{first}_1", f"{second}_2", f"{first}_3"]
+    assert "nothing to submit: all runs are finished" in project.lacuna("run", "configs", "--slurm")
+    assert "already finished: 4 of 4 runs" in project.lacuna("run", "configs")
+
+
 def test_a_run_outlives_the_time_limit_a_requeue_and_its_node(project: Project) -> None:
     """Its weights are then those of a run that nothing has disturbed, to the bit."""
     steps = {"steps": 600, "save_every": 50}

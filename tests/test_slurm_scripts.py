@@ -55,7 +55,7 @@ ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 def job(**changes: Any) -> Job:
     facts = {
         "name": "study", "target": Path("/c/run_mapping.yaml"), "sha256": "5" * 64, "directory": Path("/d"),
-        "logs": Path("/d/slurm/logs"), "offset": 0, "count": 4, "gpus": 1, "resumes": True,
+        "logs": Path("/d/slurm/logs"), "offset": 0, "tasks": (0, 1, 2, 3), "gpus": 1, "resumes": True,
     }  # fmt: skip
     return Job(**{**facts, **changes})
 
@@ -334,7 +334,7 @@ def test_an_experiment_becomes_one_array(run: Run, here: Path) -> None:
         f"job=$(sbatch --parsable \"--dependency=afterany:${{job%%;*}}\" '{second}')" in outcome.output
     )
     assert "#SBATCH --array=0-1%2\n" in first.read_text()
-    assert "#SBATCH --array=0-0%2\n" in second.read_text()
+    assert "#SBATCH --array=0%2\n" in second.read_text()
     assert '"$((SLURM_ARRAY_TASK_ID + 2))" &' in second.read_text()
     for line in (
         "--gpus-per-node=h100:2", f'--chdir="{here}"', f'--output="{here}/sc ripts/logs/%A_%a.log"',
@@ -544,7 +544,7 @@ def test_what_is_said_about_a_run(
 ) -> None:
     said = {"reason": "why"} if status in ("failed", "interrupted") or past == "NODE_FAIL" else {}
     folder = write_run(tmp_path / "run", status, job="7_2", **said) if status is not None else tmp_path / "run"
-    done = Submission("7", "m", "s", 0, 3, str(tmp_path), "a.sh", str(tmp_path), 1.0)
+    done = Submission("7", "m", "s", 0, "0-2", str(tmp_path), "a.sh", str(tmp_path), 1.0)
     queue = Queue({"7_2": now} if now is not None else {}, 2.0)
     place = Place("run", folder, done, 2)
     row = _row(place, read_status(folder), alive, queue, {"7_2": JobState(past)} if past is not None else {})
@@ -623,7 +623,7 @@ def test_slurm_is_asked_once_in_half_a_minute(tmp_path: Path, here: Path, monkey
     past = "7_3|CANCELLED by 0\\n7_4|OUT_OF_MEMORY\\n7_5|RUNNING\\n"
     calls = pretend(tmp_path, monkeypatch, squeue=f"printf '{states}'", sacct=f"printf '{past}'")
     mapping = read_mapping(write_mapping(here))
-    done = Submission("7", str(mapping.file), mapping.sha256, 0, 3, str(here), "a.sh", str(here), 1.0)
+    done = Submission("7", str(mapping.file), mapping.sha256, 0, "0-2", str(here), "a.sh", str(here), 1.0)
     add_submission(done, mapping.file, here)
     for number, state in enumerate(("running", "running", "interrupted", "running", "running", "running")):
         write_run(here / "runs" / "a b" / f"run_{number:03d}", state, job=f"7_{number}", time=0)

@@ -1,23 +1,25 @@
 """lacuna: one experiment file in, trained, resumable, comparable language models out."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lacuna.experiment.generator import generate
+    from lacuna.launch.experiment import run
     from lacuna.reports.make import report
 
-__all__ = ["__version__", "generate", "report"]
+__all__ = ["__version__", "generate", "report", "run"]
 __version__ = "0.1.0"
+
+PLACES = {
+    "generate": "lacuna.experiment.generator",
+    "run": "lacuna.launch.experiment",
+    "report": "lacuna.reports.make",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`lacuna.generate` and others are imported when they are asked for, so that `lacuna --help` need not wait."""
-    if name == "generate":
-        from lacuna.experiment.generator import generate
-
-        return generate
-    if name == "report":
-        from lacuna.reports.make import report
-
-        return report
-    raise AttributeError(f"module 'lacuna' has no attribute {name!r}")
+    """What is here is imported when it is asked for, so that `lacuna --help` need not wait."""
+    if name not in PLACES:
+        raise AttributeError(f"module 'lacuna' has no attribute {name!r}")
+    return getattr(import_module(PLACES[name]), name)

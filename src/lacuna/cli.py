@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lacuna import __version__, cli_experiment, cli_plan, cli_platform, cli_report
+from lacuna import __version__, cli_experiment, cli_plan, cli_platform, cli_report, cli_run
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
@@ -247,6 +247,7 @@ for around in (
     cli_plan.plan,
     cli_experiment.generate,
     cli_experiment.recipes,
+    cli_run.run,
     cli_experiment.slurm,
     cli_experiment.start,
     cli_experiment.status,

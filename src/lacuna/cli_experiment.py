@@ -117,7 +117,7 @@ def slurm(
     for note in written.notes:
         click.echo(f"note: {note}", err=True)
     for script, job in zip(written.scripts, written.jobs, strict=True):
-        runs = f"runs {job.offset} to {job.offset + job.count - 1}" if job.offset is not None else "one run"
+        runs = f"runs {job.offset} to {job.offset + job.tasks[-1]}" if job.offset is not None else "one run"
         click.echo(f"{os.path.relpath(script)}: {runs} of {os.path.relpath(job.target)}")
     if submit:
         for id in written.submit():

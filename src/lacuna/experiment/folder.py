@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def staged(output: Path, files: Mapping[str, str], force: bool) -> Iterator[Path
 
     A kill while they are moved is made good by the next call, which goes on where it stopped.
     Raises ConfigError, before anything is written, where a file is in the way: one that was not generated, or was
-    changed since, or, without force, one of another experiment; and where another process generates there.
+    changed since, or, without force, one of another experiment.
     """
     contents = {name: text.encode() for name, text in files.items()}
     stage, ready = output / STAGE, output / READY
@@ -54,7 +55,7 @@ def staged(output: Path, files: Mapping[str, str], force: bool) -> Iterator[Path
 
 @contextmanager
 def _alone_in(output: Path) -> Iterator[None]:
-    """Hold the folder, which is made, and taken away again if it stays empty; the lock ends with the process."""
+    """Hold the folder, waiting for who has it; it is made, and taken away again if it stays empty."""
     with _told(output):
         if output.exists() and not output.is_dir():
             raise ConfigError(f"{output} is a file: choose another --output")
@@ -65,7 +66,8 @@ def _alone_in(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process generates into {output} right now: wait for it") from None
+            print(f"another process generates into {output}: waiting for it", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield
         finally:

@@ -66,9 +66,9 @@ def generate(
 
 
 def _existing(planned: Design) -> list[str]:
-    """torchtune writes over what is in a run's folder; our own trainers resume or refuse."""
+    """torchtune writes over what is in a run's folder, unless it was a run of `lacuna start`; our trainers do not."""
     folders = [Path(run.output_dir) for run in planned.runs if run.output_dir is not None]
-    full = [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+    full = [str(f) for f in folders if f.is_dir() and any(f.iterdir()) and not (f / "status.json").exists()]
     if not full or planned.base.trainer != "torchtune":
         return []
     return [f"{len(full)} of the run folders hold something already ({full[0]} …): a run would write over it"]

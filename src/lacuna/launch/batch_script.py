@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lacuna.config.slurm import SlurmSettings
 from lacuna.errors import ConfigError
+from lacuna.launch.record import spans
 
 PRELUDE = """\
 fail() {{ echo "lacuna: this failed: $1" >&2; exit 1; }}
@@ -60,7 +61,8 @@ exit "$code"
 class Job:
     """One script. target: a run mapping, or one config; absolute, as directory and logs are. sha256: of the target.
 
-    offset and count: the runs of a mapping that this array has; None for a config. gpus: to request on each node.
+    offset and tasks: task k of the array is run offset + k of the mapping; of a config None, and one task. gpus: to
+    request on each node.
     resumes: whether its trainer goes on where it stopped.
     """
 
@@ -70,7 +72,7 @@ class Job:
     directory: Path
     logs: Path
     offset: int | None
-    count: int
+    tasks: tuple[int, ...]
     gpus: int
     resumes: bool
     torchtune_python: str | None = None
@@ -115,7 +117,7 @@ def batch_script(job: Job, settings: SlurmSettings) -> str:
 
 def _options(job: Job, settings: SlurmSettings) -> list[str]:
     kind = f"{settings.gpu_type}:" if settings.gpu_type is not None else ""
-    tasks = f"0-{job.count - 1}" + (f"%{settings.parallel}" if settings.parallel is not None else "")
+    tasks = spans(job.tasks) + (f"%{settings.parallel}" if settings.parallel is not None else "")
     given: dict[str, object] = {
         "job-name": job.name,
         "chdir": _path(job.directory),

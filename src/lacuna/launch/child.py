@@ -1,4 +1,7 @@
-"""A command as a child of this process: signals reach what has to save, and its exit code says who wanted the end."""
+"""A command as a child of this process: signals reach what has to save, and its exit code says who wanted the end.
+
+close_fds=False: the lease that `lacuna run` handed down (lacuna.launch.lease) goes on to the child, and nothing else.
+"""
 
 import os
 import signal
@@ -41,7 +44,7 @@ class Asked:
 def run_watched(words: Sequence[str]) -> tuple[int, str]:
     """Run a command that gets every signal too; returns its exit code, and the end of its standard error."""
     with Asked() as asked:
-        child = asked.child = subprocess.Popen(words, stderr=subprocess.PIPE)
+        child = asked.child = subprocess.Popen(words, stderr=subprocess.PIPE, close_fds=False)
         for number in asked.signals:
             child.send_signal(number)
         assert child.stderr is not None
@@ -64,7 +67,7 @@ def run_torchrun(words: Sequence[str]) -> int:
 
     with Asked() as asked:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        child = subprocess.Popen(words)
+        child = subprocess.Popen(words, close_fds=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         told: set[psutil.Process] = set()
         while True:

@@ -1,6 +1,7 @@
 """Which jobs were submitted: a small file beside the run mapping, or, of a single config, beside its script."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ RECORD = "slurm_jobs.json"
 
 @dataclass(frozen=True)
 class Submission:
-    """A job of SLURM's. sha256: of the mapping or config. Task k of an array is run offset + k, of count runs.
+    """A job of SLURM's. sha256: of the mapping or config. Task k of an array is run offset + k.
 
+    tasks: of the array, as SLURM writes them (`0-3,7`).
     directory: where its runs start. time: of the submission, in seconds since 1970.
     """
 
@@ -21,11 +23,27 @@ class Submission:
     target: str
     sha256: str
     offset: int
-    count: int
+    tasks: str
     directory: str
     script: str
     logs: str
     time: float
+
+    def numbers(self) -> list[int]:
+        """The tasks."""
+        ends = [part.partition("-")[::2] for part in self.tasks.split(",")]
+        return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers as SLURM writes those of an array: 0, 1, 2, 3, 7 → `0-3,7`."""
+    ends: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def record_of(target: Path, scripts: Path) -> Path:

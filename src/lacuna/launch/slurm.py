@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lacuna.experiment.folder import MAPPING, digest
 from lacuna.experiment.generator import generate
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.batch_script import Job, batch_script
-from lacuna.launch.record import Submission, add_submission, read_submissions
+from lacuna.launch.record import Submission, add_submission, read_submissions, spans
 from lacuna.launch.start import config_trainer, processes_of
 from lacuna.runs.folder import write_whole
 
@@ -52,8 +52,18 @@ class Written:
     def submit(self) -> list[str]:
         """The ids of the jobs, which are written down. Raises ClusterError where SLURM refuses, or has them already."""
         folder, target = self.scripts[0].parent, self.jobs[0].target
-        known = [done.job for done in read_submissions(target, folder) if done.target == str(target)]
-        if busy := [job for job in _active_jobs() if job in known]:
+        wanted = {(job.offset or 0) + task for job in self.jobs for task in job.tasks}
+        active = _active_tasks()
+        busy = [
+            done.job
+            for done in read_submissions(target, folder)
+            if done.target == str(target)
+            and any(
+                done.offset + task in wanted and not active.isdisjoint((done.job, f"{done.job}_{task}"))
+                for task in done.numbers()
+            )
+        ]
+        if busy:
             raise ClusterError(
                 f"{target}: job {', '.join(busy)} of it is still queued or running: wait for it, or scancel it first"
             )
@@ -62,9 +72,18 @@ class Written:
             after = [f"--dependency=afterany:{ids[-1]}"] if self._is_chain and ids else []
             ids.append(_call(["sbatch", "--parsable", *after, str(script)]).strip().partition(";")[0])
             place = (str(job.directory), str(script), str(job.logs))
-            done = Submission(ids[-1], str(target), job.sha256, job.offset or 0, job.count, *place, time.time())
+            done = Submission(ids[-1], str(target), job.sha256, job.offset or 0, spans(job.tasks), *place, time.time())
             add_submission(done, target, folder)
         return ids
+
+
+def with_configs(target: str | Path, configs: str, force: bool, torchtune_python: str | None) -> tuple[str, list[str]]:
+    """What an experiment's configs were written to, and the notes on that; another target as it is, without notes."""
+    file = Path(target)
+    if not file.is_file() or file.name == MAPPING or "experiment_name" not in read_layer(file).values:
+        return str(target), []
+    done = generate(file, configs, force=force, torchtune_python=torchtune_python)
+    return done.output, [*done.notes, f"configs: {done.output}/ ({len(done.runs)} runs)"]
 
 
 def write_scripts(
@@ -74,23 +93,22 @@ def write_scripts(
     configs: str = "configs",
     force: bool = False,
     torchtune_python: str | None = None,
+    runs: Collection[int] | None = None,
 ) -> Written:
     """Write a batch script, or for a large experiment several, into a folder.
 
     target: an experiment, whose configs go into the folder `configs`; a run mapping or its folder; or one config.
     cluster: a file of settings, under the experiment's `slurm:` section. Runs start in the working directory.
-    force: replace the configs of another experiment there.
+    force: replace the configs of another experiment there. runs: of the mapping, if not all.
     Raises ConfigError with all problems; what `generate` wrote stays then.
     """
-    notes: list[str] = []
-    if Path(target).is_file() and Path(target).name != MAPPING and "experiment_name" in read_layer(target).values:
-        done = generate(target, configs, force=force, torchtune_python=torchtune_python)
-        notes, target = [*done.notes, f"configs: {done.output}/ ({len(done.runs)} runs)"], done.output
+    target, notes = with_configs(target, configs, force, torchtune_python)
     if Path(target).name == MAPPING or Path(target).is_dir():
         mapping = read_mapping(target)
         section = mapping.head["experiment"].get("slurm", {})
         settings = load_slurm(cluster, section, f"{mapping.file}: slurm")
-        jobs = _jobs_of_mapping(mapping, settings, Path(output).absolute(), torchtune_python)
+        chosen = range(len(mapping.items)) if runs is None else runs
+        jobs = _jobs_of_mapping(mapping, settings, Path(output).absolute(), torchtune_python, chosen)
     else:
         settings = load_slurm(cluster, {}, "")
         jobs = [_job_of_config(Path(target), settings, Path(output).absolute())]
@@ -108,25 +126,27 @@ def write_scripts(
 
 
 def _jobs_of_mapping(
-    mapping: RunMapping, settings: SlurmSettings, output: Path, torchtune_python: str | None
+    mapping: RunMapping, settings: SlurmSettings, output: Path, torchtune_python: str | None, runs: Collection[int]
 ) -> list[Job]:
     head = mapping.head
     is_torchtune = head["trainer"] == "torchtune"
-    processes = head["gpus"] if is_torchtune else max(map(processes_of, _distinct_configs(mapping)))
-    gpus = _gpus(settings, processes, read_layer(_distinct_configs(mapping)[0]).values)
+    processes = head["gpus"] if is_torchtune else max(map(processes_of, distinct_configs(mapping)))
+    gpus = _gpus(settings, processes, read_layer(distinct_configs(mapping)[0]).values)
     if settings.nodes > 1 and "single_device" in str(head.get("recipe")):
         raise ConfigError(
             f"slurm: nodes is {settings.nodes}, but {head['recipe']} is for one device: set gpus: 2 or more"
         )
     size = settings.max_array_size or _max_array_size()
-    total = len(mapping.items)
+    arrays: dict[int, list[int]] = {}
+    for run in sorted(runs):
+        arrays.setdefault(run // size * size, []).append(run % size)
     name = _file_name(head["experiment"]["experiment_name"])
     return [
         Job(
-            name, mapping.file, mapping.sha256, Path.cwd(), output / "logs", start, min(size, total - start), gpus,
+            name, mapping.file, mapping.sha256, Path.cwd(), output / "logs", offset, tuple(tasks), gpus,
             not is_torchtune, torchtune_python if is_torchtune else None,
         )
-        for start in range(0, total, size)
+        for offset, tasks in arrays.items()
     ]  # fmt: skip
 
 
@@ -134,7 +154,7 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text)
 
 
-def _distinct_configs(mapping: RunMapping) -> list[Path]:
+def distinct_configs(mapping: RunMapping) -> list[Path]:
     """The first config, and all of them where processes or devices vary: reading all takes its time."""
     first = mapping.entry(0)
     varies = any(name.rpartition(".")[2] in ("gpus", "device") for name in first["params"])
@@ -146,7 +166,7 @@ def _job_of_config(config: Path, settings: SlurmSettings, output: Path) -> Job:
     config_trainer(config)
     gpus = _gpus(settings, processes_of(config), read_layer(config).values)
     facts = (_file_name(config.stem), config.absolute(), digest(config.read_bytes()), Path.cwd(), output / "logs")
-    return Job(*facts, offset=None, count=1, gpus=gpus, resumes=True)
+    return Job(*facts, offset=None, tasks=(0,), gpus=gpus, resumes=True)
 
 
 def _gpus(settings: SlurmSettings, processes: int, values: dict[str, Any]) -> int:
@@ -180,9 +200,9 @@ def _max_array_size() -> int:
     return max(1, int(found[1])) if found is not None else MOST_TASKS
 
 
-def _active_jobs() -> list[str]:
-    """Ids of the user's jobs that wait or run, without those of an array's tasks."""
-    return list(dict.fromkeys(_call(["squeue", "--me", "--noheader", "--format=%F"]).split()))
+def _active_tasks() -> set[str]:
+    """Ids of the user's jobs that wait or run: `12`, and in an array `12_3`."""
+    return set(_call(["squeue", "--me", "--array", "--noheader", "--format=%i"]).split())
 
 
 def _call(words: Sequence[str]) -> str:

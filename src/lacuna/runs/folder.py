@@ -4,6 +4,7 @@ config.toml        every setting, the defaults too; can be run again as it stand
 provenance.json    command, versions, machine, data
 status.json        state, step, reason
 metrics.jsonl      a line for each logged step
+output.log         what a run of `lacuna run` has printed
 checkpoints/       step-00000500 …, each whole or absent
 final/             a Hugging Face folder
 """
@@ -29,6 +30,9 @@ PACKAGES = (
     "lacuna", "torch", "transformers", "tokenizers", "datasets", "numpy", "trl", "peft", "accelerate", "bitsandbytes",
 )  # fmt: skip
 
+
+OUTPUT_LOG = "output.log"
+"""What the starts of `lacuna run` have printed."""
 
 KEPT = ("loss", "tokens_per_second", "restarts")
 """What a status says until it says something newer."""
@@ -107,7 +111,8 @@ def refuse_foreign_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise RunError(f"output_dir {folder} is a file")
-    foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not name.startswith(".") and name != OUTPUT_LOG]
     if foreign:
         raise RunError(
             f"output_dir {folder} is not empty and not a run folder (it holds {', '.join(foreign[:5])}): "

@@ -7,11 +7,11 @@ from pathlib import Path
 TAIL_BYTES = 4096
 
 
-def tail(file: Path | str) -> str:
-    """The last lines of a file, the first of them perhaps cut; nothing where it cannot be read."""
+def tail(file: Path | str, after: int = 0) -> str:
+    """The last lines of a file after so many bytes, the first perhaps cut; nothing where it cannot be read."""
     try:
         with open(file, "rb", buffering=0) as opened:
-            opened.seek(max(0, os.fstat(opened.fileno()).st_size - TAIL_BYTES))
+            opened.seek(max(after, os.fstat(opened.fileno()).st_size - TAIL_BYTES))
             return opened.read().decode(errors="replace")
     except OSError:
         return ""

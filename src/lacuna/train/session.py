@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, RunError
 from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status
-from lacuna.runs.metrics import read_metrics, validation_losses
+from lacuna.runs.metrics import validation_losses
+from lacuna.runs.settings import changes, difference, has_run
 from lacuna.train.checkpoint import damage, newest_whole, read_state
 from lacuna.train.distributed import World
 from lacuna.train.signals import StopRequest
 
+OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Variables that count how often our launcher, torchrun or SLURM has started a command again."""
@@ -122,30 +123,19 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int) -> bool:
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
-    has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
-    if not has_run:
+    if not has_run(folder):
         return False
     if resume_now(flat, folder) == "never":
         raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
-    layer = read_layer(folder / "config.toml")
-    values, origins = merge_layers([layer], [])
-    before = check(type(config), values, origins) if values.get("trainer") == config.model_dump()["trainer"] else None
-    if before is None:
-        raise RunError(f"output_dir {folder} holds a {values.get('trainer')} run: choose another --output-dir")
-    settings = before.settings((starts_of(folder) or [{}])[-1].get("devices", 1))
-    refuse_other_settings(settings, config.settings(processes), config.may_change, f"the run in {folder}")
+    if (other := difference(folder, config, processes)) is not None:
+        raise RunError(f"{other}: {OTHER_FOLDER}")
     return (folder / "final").is_dir()
 
 
 def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], whose: str) -> None:
     """Raise RunError that lists every setting that would make the resumed run another one."""
-    different = [name for name in now if name not in may_change and before.get(name) != now[name]]
-    if different:
-        changes = "; ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in different)
-        raise RunError(
-            f"{whose} has other settings ({changes}): give the same ones to go on with it, or choose another "
-            "--output-dir for a new run"
-        )
+    if different := changes(before, now, may_change):
+        raise RunError(f"{whose} has other settings ({different}): {OTHER_FOLDER}")
 
 
 def resume_now(flat: TrainingConfig, folder: Path) -> str:

@@ -1,0 +1,210 @@
+"""`lacuna run`: the runs of an experiment that are missing or unfinished, here or on a SLURM cluster."""
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lacuna.config.files import read_layer
+from lacuna.errors import ConfigError
+from lacuna.experiment.folder import MAPPING
+from lacuna.experiment.generator import generate
+from lacuna.experiment.mapping import RunMapping, read_mapping
+from lacuna.launch.board import Board
+from lacuna.launch.devices import shares, visible_devices
+from lacuna.launch.lease import is_leased
+from lacuna.launch.pool import execute
+from lacuna.launch.record import read_submissions
+from lacuna.launch.selection import Planned, choose, plan
+from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
+from lacuna.launch.start import processes_of
+from lacuna.platform.detect import read_host
+from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of
+from lacuna.runs.status import Row, table
+
+QUEUED = {"pending", "submitted", "starting", "running", "requeued", "restarting"}
+NOT_STARTED = "not submitted"
+"""What `lacuna status` says of a run that neither SLURM nor a process has begun."""
+SHOWN_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """rows: of the runs that were asked for, as `lacuna status` has them. jobs: the ids of what SLURM was given.
+
+    exit_code: 0 all finished (or submitted), 1 some failed or are missing, 128 + signal when told to stop.
+    """
+
+    configs: str
+    rows: list[Row]
+    exit_code: int
+    jobs: list[str]
+
+
+def run(
+    target: str | Path | Mapping[str, Any],
+    *,
+    configs: str | None = None,
+    force: bool = False,
+    only: str | Sequence[str] = (),
+    jobs: int | None = None,
+    slurm: bool = False,
+    cluster: str | None = None,
+    output: str | None = None,
+    torchtune_python: str | None = None,
+) -> Outcome:
+    """Run what is missing or unfinished of an experiment, and show how it goes; finished runs are left as they are.
+
+    target: an experiment (a file, or the same as a mapping), or the folder of its configs or their run_mapping.yaml.
+    configs, force: as output and force of `generate`, for an experiment; configs is "configs" by default.
+    only: ids of runs. jobs: runs at the same time, 1 by default. slurm: submit the runs as an array instead, with the
+    settings of the experiment's slurm section over those of the file `cluster`; output: where its scripts and logs go.
+
+    Raises ConfigError with all problems before anything is started.
+    """
+    _check_options(target, configs, force, jobs, slurm, cluster, output)
+    console = Console(highlight=False)
+    if isinstance(target, Mapping):
+        done = generate(target, configs or "configs", force=force, torchtune_python=torchtune_python)
+        target, notes = done.output, done.notes
+    else:
+        target, notes = with_configs(target, configs or "configs", force, torchtune_python)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    mapping = read_mapping(target)
+    chosen = choose(mapping, [only] if isinstance(only, str) else only)
+    submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
+    directory = Path(submissions[-1].directory) if submissions else Path()
+    missing, finished = plan(mapping, chosen, directory)
+    queued = {row.run: row for row in _rows(mapping, chosen) if _is_queued(row)}
+    for id, row in list(queued.items())[:SHOWN_FAILURES]:
+        console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
+    missing = [run for run in missing if run.id not in queued]
+    place = os.path.relpath(mapping.file.parent)
+    if slurm:
+        return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)
+    if not missing:
+        rows = _rows(mapping, chosen)
+        console.print(f"already finished: {len(finished)} of {len(rows)} runs")
+        return Outcome(place, rows, 0 if len(finished) == len(rows) else 1, [])
+    parts = _shares(mapping, jobs or 1)
+    words = ["--sha256", mapping.sha256, str(mapping.file)]
+    if mapping.head["trainer"] == "torchtune" and torchtune_python is not None:
+        words = ["--torchtune-python", torchtune_python, *words]
+    with Board(missing, finished, len(parts), console) as board:
+        signals = execute(missing, words, directory, parts, board)
+    rows = [_known(row, board) for row in _rows(mapping, chosen)]
+    again = ["lacuna", "run", place, *(["--only", ",".join(row.run for row in rows)] if only else [])]
+    again += ["--jobs", str(jobs)] if jobs is not None else []
+    _tell(rows, missing, shlex.join(again), bool(signals), console)
+    all_finished = all(row.state == "finished" for row in rows)
+    return Outcome(place, rows, 128 + signals[0] if signals else 0 if all_finished else 1, [])
+
+
+def _check_options(
+    target: str | Path | Mapping[str, Any],
+    configs: str | None,
+    force: bool,
+    jobs: int | None,
+    slurm: bool,
+    cluster: str | None,
+    output: str | None,
+) -> None:
+    is_generated = isinstance(target, str | Path) and (Path(target).is_dir() or Path(target).name == MAPPING)
+    problems = []
+    if jobs is not None and jobs < 1:
+        problems.append(f"--jobs {jobs}: at least 1")
+    if slurm and jobs is not None:
+        problems.append(
+            "--jobs is for runs here; with --slurm, `parallel` in the slurm section says how many at a time"
+        )
+    if not slurm and (cluster is not None or output is not None):
+        problems.append("--cluster and --output are for --slurm")
+    if is_generated and (configs is not None or force):
+        problems.append(f"--configs and --force are for an experiment, and {target} is generated already")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rows(mapping: RunMapping, chosen: Sequence[int]) -> list[Row]:
+    rows = table(mapping.file)
+    return [rows[index] for index in chosen]
+
+
+def _is_queued(row: Row) -> bool:
+    """Whether SLURM has the run in a job, other than this one; what a process here has is not SLURM's."""
+    is_in_a_job = row.job is not None and row.state in QUEUED and row.job != job_of(os.environ).get("job")
+    return is_in_a_job and not is_leased(Path(str(row.folder)))
+
+
+def _shares(mapping: RunMapping, jobs: int) -> list[dict[str, str]]:
+    """The variables of the runs at the same time."""
+    configs = distinct_configs(mapping)
+    is_torchtune = mapping.head["trainer"] == "torchtune"
+    gpus = mapping.head["gpus"] if is_torchtune else max(map(processes_of, configs))
+    wanted = {str(read_layer(config).values.get("device", "auto")).partition(":")[0] for config in configs}
+    wants = next((kind for kind in ("cuda", "auto") if kind in wanted), "cpu")
+    devices = visible_devices(os.environ) if wants != "cpu" else []
+    return shares(jobs, gpus, wants, devices, read_host().cores, os.environ)
+
+
+def _submit(
+    mapping: RunMapping,
+    chosen: Sequence[int],
+    missing: Sequence[Planned],
+    place: str,
+    cluster: str | None,
+    output: str,
+    torchtune_python: str | None,
+    console: Console,
+) -> Outcome:
+    """Give SLURM those of the missing runs that no process here has."""
+    free = [run for run in missing if not (is_leased(run.folder) or is_held(run.folder))]
+    for run in missing:
+        if run not in free:
+            console.print(f"note: {run.id} runs in another process: left to it", soft_wrap=True, markup=False)
+    jobs = []
+    if free:
+        runs = [run.index for run in free]
+        written = write_scripts(str(mapping.file), cluster, output, torchtune_python=torchtune_python, runs=runs)
+        jobs = written.submit()
+        for id, job in zip(jobs, written.jobs, strict=True):
+            console.print(f"submitted: job {id}, {len(job.tasks)} runs", soft_wrap=True)
+    else:
+        console.print("nothing to submit: all runs are finished, or run or wait already")
+    console.print(f"how they are: lacuna status {shlex.quote(place)}", soft_wrap=True, markup=False)
+    return Outcome(place, _rows(mapping, chosen), 0, jobs)
+
+
+def _known(row: Row, board: Board) -> Row:
+    """A run that failed before it had a status of its own."""
+    if board.states.get(row.run) == "failed" and row.state != "failed":
+        return replace(row, state="failed", reason=board.reasons[row.run])
+    return row
+
+
+def _tell(rows: Sequence[Row], started: Sequence[Planned], again: str, is_stopped: bool, console: Console) -> None:
+    """How it ended: what failed and why, and what goes on."""
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    counts = Counter("not started" if row.state == NOT_STARTED else row.state for row in rows)
+    say(f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    logs = {run.id: run.folder / OUTPUT_LOG for run in started}
+    unharmed = {"finished", *(("interrupted", NOT_STARTED) if is_stopped else ())}
+    failed = [row for row in rows if row.state not in unharmed and row.run in logs]
+    for row in failed[:SHOWN_FAILURES]:
+        say(f"{row.run} {row.state}: {row.reason or 'it did not say why'}\n  log: {logs[row.run]}")
+    if len(failed) > SHOWN_FAILURES:
+        say(f"… and {len(failed) - SHOWN_FAILURES} more: lacuna status")
+    if is_stopped:
+        saved = sum(row.state == "interrupted" and bool(row.step) for row in rows)
+        say(f"stopped; {saved} run{'s are' if saved != 1 else ' is'} saved; go on with: {again}")
+    elif failed:
+        say(f"finished runs stay as they are; start the others again with: {again}")

@@ -1,10 +1,12 @@
-"""metrics.jsonl: one JSON object a line, in the order of the steps. Nothing here imports torch."""
+"""metrics.jsonl: one JSON object a line, in the order of the steps; evaluation.json. Nothing here imports torch."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lacuna.errors import RunError
 from lacuna.runs.folder import write_whole
 
 
@@ -25,6 +27,26 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def validation_losses(folder: Path) -> dict[int, float]:
     """Validation loss by step."""
     return {line["step"]: line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line}
+
+
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """What the user's own evaluation wrote into evaluation.json; nothing where it wrote none.
+
+    Raises RunError for anything but one flat JSON object of finite numbers.
+    """
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f'{path}: should be one JSON object of numbers, such as {{"accuracy": 0.81}}')
+    wrong = [name for name, value in values.items() if type(value) not in (int, float) or not math.isfinite(value)]
+    if wrong:
+        raise RunError([f"{path}: {name!r} is {values[name]!r}, which is no finite number" for name in wrong])
+    return {name: float(value) for name, value in values.items()}
 
 
 class MetricsLog:

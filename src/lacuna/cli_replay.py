@@ -35,5 +35,5 @@ def replay(run: str, output: str | None, verbose: bool) -> None:
         click.echo(f"note: {line}", err=True)
     for line in found.differences or ["nothing has changed around it: packages, git, device, data, model, tokenizer"]:
         click.echo(line, err=True)
-    again = repeat_command(found.start, output or found.name, f"{run.rstrip('/')}_again")
+    again = repeat_command(found.start, output or str(found.kept), f"{run.rstrip('/')}_again")
     click.echo(f"repeat it: {again}", err=True)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from lacuna.runs.provenance import add_facts, write_provenance
 from lacuna.runs.torchtune_facts import log_folder, recipe_of, torchtune_facts
 from lacuna.runs.torchtune_log import parse_bars, parse_lines, seed_in
 
+WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 KEPT_TEXT = 2**16
 """Characters of the output in which an unfinished line may lie."""
 
@@ -122,7 +123,9 @@ class Record:
         self.output, self.errors = self.output + output, self.errors + errors
         before = self.step
         for bar in parse_bars(self.errors):
-            self.total_steps = bar.steps_per_epoch * self.epochs
+            if self.total_steps is None:
+                self.total_steps = bar.steps_per_epoch * self.epochs
+                add_facts(self.folder, {"total_steps": self.total_steps})
             self.has_trained |= bar.done > 0
             if bar.step is not None and bar.loss is not None and bar.step > self.step:
                 self.step = bar.step
@@ -214,11 +217,10 @@ def write_final(folder: Path) -> None:
     partial.rename(final)
 
 
-WEIGHT_FILES = (".safetensors", ".bin", ".pt")
-
-
 def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    """Weights take no room twice; whoever edits a small file edits one of the two."""
+    if source.endswith(WEIGHT_FILES):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)

@@ -29,6 +29,15 @@ PACKAGES = (
     "lacuna", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl", "peft", "accelerate",
     "bitsandbytes", "flash-attn", "triton", "torchtune", "torchao",
 )  # fmt: skip
+FIELDS = (
+    "time", "command", "trainer", "recipe", "resume", "packages", "python", "platform", "git", "config_files",
+    "config_sha256", "experiment", "data_files", "data_sha256", "tokenizer", "tokenizer_sha256",
+    "chat_template_sha256", "model", "model_revision", "model_commit", "initialise", "weights_fingerprint",
+    "parent_run", "parameters", "trained_parameters", "device", "device_memory", "devices", "cpu", "cores",
+    "host_memory", "cuda", "driver", "precision", "attention", "compile", "activation_checkpointing", "seed",
+    "total_steps", "slurm",
+)  # fmt: skip
+"""Every start has all of them; null where there is none, or where it is not known."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja",
@@ -44,6 +53,7 @@ SLURM = {
 def write_provenance(folder: Path, command: Sequence[str], facts: Mapping[str, Any]) -> None:
     """Add this start to provenance.json: who looks at a run later sees every command that touched it."""
     start = {
+        **dict.fromkeys(FIELDS),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [without_home(word) for word in command],
         **software(),

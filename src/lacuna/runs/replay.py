@@ -26,10 +26,14 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Replay:
-    """name: of the config. differences: a line each. start: the last one in provenance.json."""
+    """name: of the config; kept: where the run folder has it, or its values. differences: a line each.
+
+    start: the last one in provenance.json.
+    """
 
     config: bytes
     name: str
+    kept: Path
     notes: list[str]
     differences: list[str]
     start: Mapping[str, Any]
@@ -42,7 +46,7 @@ def replay(run: str | Path) -> Replay:
     if kept is None:
         raise RunError(f"{run}: not a run folder: there is neither config.toml nor config.yaml in it")
     start: dict[str, Any] = (starts_of(folder) or [{}])[-1]
-    if "config_sha256" not in start:
+    if start.get("config_sha256") is None:
         raise RunError(f"{folder / 'provenance.json'}: holds no hash of the config, so nothing proves it is the run's")
     content = kept.read_bytes()
     if hashlib.sha256(content).hexdigest() != start["config_sha256"]:
@@ -52,20 +56,20 @@ def replay(run: str | Path) -> Replay:
         differences = _differences(start, _facts_now(kept, start))
     except LacunaError as error:
         differences = [f"the config cannot be used here: {problem}" for problem in error.problems]
-    return Replay(config, name, notes, differences, start)
+    return Replay(config, name, kept, notes, differences, start)
 
 
 def _as_given(kept: Path, content: bytes, start: Mapping[str, Any]) -> tuple[bytes, str, list[str]]:
     """The generated config of an experiment's run, from the values in config.toml; else config.toml itself."""
-    if start["experiment"] is None:
+    if start["experiment"] is None or len(start["config_files"]) != 1:
         return content, kept.name, []
     values = read_layer(kept).values
     fields = CONFIGS[values["trainer"]].model_fields
     in_order = {"trainer": values["trainer"], **{name: values[name] for name in fields if name in values}}
     generated = dump_yaml(in_order).encode()
-    (given, *more) = start["config_files"]
+    (given,) = start["config_files"]
     name = Path(given["path"]).name
-    if not more and hashlib.sha256(generated).hexdigest() == given["sha256"]:
+    if hashlib.sha256(generated).hexdigest() == given["sha256"]:
         return generated, name, []
     return content, kept.name, [f"the run was started with other settings over {name}: this is all that it was made of"]
 

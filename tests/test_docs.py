@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     "scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",
     "NODES=2 HEAD=node1:29500 scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",
     "torchrun --nproc-per-node 8 -m lacuna sft @ configs/sft_qwen.toml": "the same",
+    "lacuna replay runs/quickstart/sft --output sft_again.toml": "test_run_folder.py, with a tiny model",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",

@@ -551,6 +551,18 @@ def test_a_folder_of_something_else_is_refused_and_stays(pretended: Pretended) -
     assert (pretended.folder / "run" / "config.yaml").exists()
 
 
+def test_torchtune_and_lacunas_trainers_do_not_write_into_each_others_runs(
+    runs: Path, home: Path, pretended: Pretended, run: Run
+) -> None:
+    assert pretended("pass", recipe="own.py") == 0
+    done = run("sft", "--model-name", home / "tiny", "--dataset", home / "chat.jsonl", **{**SMALL, "output_dir": "run"})
+    assert (done.code, "holds a torchtune run" in done.output) == (2, True)
+    shutil.rmtree("run")
+    shutil.copytree(runs / "sft" / "run_000", "run")
+    with pytest.raises(RunError, match="holds a run of another config"):
+        pretended("pass", recipe="own.py")
+
+
 def test_of_several_nodes_only_the_first_writes(pretended: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NODEID", "1")
     assert pretended("print('here')") == 0

@@ -66,7 +66,7 @@ def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: 
 
 def _refuse_other_config(folder: Path, content: bytes) -> None:
     before = folder / "config.yaml"
-    if before.exists() and before.read_bytes() != content:
+    if (folder / "config.toml").exists() or (before.exists() and before.read_bytes() != content):
         raise RunError(f"output_dir {folder} holds a run of another config: choose another output_dir, or move it away")
 
 

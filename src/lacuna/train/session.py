@@ -122,6 +122,8 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int) -> bool:
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
+    if (folder / "config.yaml").exists():
+        raise RunError(f"output_dir {folder} holds a torchtune run: choose another --output-dir")
     has_run = (folder / "config.toml").exists() and (read_metrics(folder) or any(folder.glob("checkpoints/step-*")))
     if not has_run:
         return False

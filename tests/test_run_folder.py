@@ -271,7 +271,7 @@ def test_replay_says_what_has_changed(runs: Path, home: Path, run: Run) -> None:
     assert done.code == 0
     for line in (
         f"package torch: was 1.0, is {torch}", "python: was 3.0", "weights_fingerprint: was w", "git commit: was c",
-        "data gone.jsonl: was s, is not there", "data chat.jsonl: was not there",
+        "data gone.jsonl: was s, is not found here", "data chat.jsonl: was not there",
     ):  # fmt: skip
         assert line in done.output
     (home / "chat.jsonl").rename(home / "elsewhere.jsonl")
@@ -540,7 +540,16 @@ def test_a_stopped_torchtune_run_is_interrupted(pretended: Pretended) -> None:
     assert pretended.status()["state"] == "interrupted"
 
 
+def test_torchtune_does_not_run_on_where_its_folder_cannot_be_written(pretended: Pretended) -> None:
+    script = f"import shutil\nshutil.rmtree('run')\n{BAR.format(1, 4.0)}\nopen('pid', 'w').write(str(os.getpid()))\n"
+    with pytest.raises(FileNotFoundError):
+        pretended(f"{script}time.sleep(60)", **WANDB)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((pretended.folder / "pid").read_text()), 0)
+
+
 def test_a_folder_of_something_else_is_refused_and_stays(pretended: Pretended) -> None:
+    assert pretended("sys.exit('KeyError: a mistake')", recipe="own.py", seed=2) == 1
     assert pretended("pass", recipe="own.py") == 0
     assert pretended.status()["state"] == "finished"
     with pytest.raises(RunError, match="holds a run of another config"):

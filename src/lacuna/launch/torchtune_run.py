@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import RunError
@@ -40,8 +40,9 @@ def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: 
     refuse_foreign_folder(folder)
     with locked(folder):
         content = config.read_bytes()
-        _refuse_other_config(folder, content)
-        if (read_status(folder) or {}).get("state") == "finished":
+        is_finished = (read_status(folder) or {}).get("state") == "finished"
+        _refuse_other_config(folder, content, is_finished)
+        if is_finished:
             print(f"already finished: {folder}")
             return 0
         values, _ = parse_yaml(content.decode(), str(config))
@@ -64,9 +65,12 @@ def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: 
     return code or int(state == "failed")
 
 
-def _refuse_other_config(folder: Path, content: bytes) -> None:
+def _refuse_other_config(folder: Path, content: bytes, is_finished: bool) -> None:
+    """Of a run that has trained nothing, nothing is lost."""
     before = folder / "config.yaml"
-    if (folder / "config.toml").exists() or (before.exists() and before.read_bytes() != content):
+    has_run = is_finished or (folder / "metrics.jsonl").exists() or any(folder.glob("epoch_*"))
+    is_other = before.exists() and before.read_bytes() != content
+    if (folder / "config.toml").exists() or (has_run and is_other):
         raise RunError(f"output_dir {folder} holds a run of another config: choose another output_dir, or move it away")
 
 
@@ -175,29 +179,37 @@ def _watch(words: Sequence[str], take: Callable[[str, str], None]) -> tuple[int,
         child = asked.child = subprocess.Popen(words, stdout=pipe, stderr=pipe, env=environment)
         for number in asked.signals:
             child.send_signal(number)
-        assert child.stdout is not None
-        assert child.stderr is not None
-        selector.register(child.stdout, selectors.EVENT_READ, sys.stdout.buffer)
-        selector.register(child.stderr, selectors.EVENT_READ, sys.stderr.buffer)
-        pending: dict[Any, bytes] = {sys.stdout.buffer: b"", sys.stderr.buffer: b""}
-        end = b""
-        taken = time.monotonic()
-        while selector.get_map():
-            for key, _ in selector.select(LOOK_SECONDS):
-                chunk = os.read(key.fd, 4096)
-                if not chunk:
-                    selector.unregister(key.fileobj)
-                target: IO[bytes] = key.data
-                target.write(chunk)
-                target.flush()
-                pending[target] += chunk
-                if target is sys.stderr.buffer:
-                    end = (end + chunk)[-4096 * TAIL_CHUNKS :]
-            if time.monotonic() - taken >= LOOK_SECONDS or not selector.get_map():
-                take(*(text.decode(errors="replace") for text in pending.values()))
-                pending = dict.fromkeys(pending, b"")
-                taken = time.monotonic()
+        try:
+            end = _pass_on(child, selector, take)
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
         return asked.exit_code(child.wait()), end.decode(errors="replace")
+
+
+def _pass_on(
+    child: "subprocess.Popen[bytes]", selector: selectors.BaseSelector, take: Callable[[str, str], None]
+) -> bytes:
+    """Read what a child prints until it ends; returns the end of its standard error."""
+    targets: dict[Any, IO[bytes]] = {child.stdout: sys.stdout.buffer, child.stderr: sys.stderr.buffer}
+    for opened in targets:
+        selector.register(opened, selectors.EVENT_READ)
+    pending, end, taken = dict.fromkeys(targets, b""), b"", time.monotonic()
+    while selector.get_map():
+        for key, _ in selector.select(LOOK_SECONDS):
+            source = key.fileobj
+            chunk = os.read(key.fd, 4096)
+            if not chunk:
+                selector.unregister(source)
+            targets[source].write(chunk)
+            targets[source].flush()
+            pending[source] += chunk
+            end = (end + chunk)[-4096 * TAIL_CHUNKS :] if source is child.stderr else end
+        if time.monotonic() - taken >= LOOK_SECONDS or not selector.get_map():
+            take(*(text.decode(errors="replace") for text in pending.values()))
+            pending, taken = dict.fromkeys(targets, b""), time.monotonic()
+    return end
 
 
 def write_final(folder: Path) -> None:

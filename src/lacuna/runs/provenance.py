@@ -232,9 +232,9 @@ def local_folder(name: str, revision: str | None) -> Path | None:
     """Where a model's files are: its folder, or what was downloaded of it; None where nothing is here."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    from huggingface_hub import try_to_load_from_cache
+    with suppress(ValueError, ModuleNotFoundError):
+        from huggingface_hub import try_to_load_from_cache
 
-    with suppress(ValueError):
         found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
         return Path(found).parent if isinstance(found, str) else None
     return None

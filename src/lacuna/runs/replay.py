@@ -12,6 +12,7 @@ from lacuna.config.files import read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import CONFIGS, load_trainer_config
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
+from lacuna.data.hub import stay_offline_if_unreachable
 from lacuna.errors import LacunaError, RunError
 from lacuna.platform.detect import Device
 from lacuna.runs.folder import starts_of
@@ -83,6 +84,7 @@ def _facts_now(config: Path, start: Mapping[str, Any]) -> dict[str, Any]:
         return {**around, **hardware(device, 1, None), **torchtune_inputs(values)}
     loaded = load_trainer_config([str(config)])
     flat = loaded.as_sft() if isinstance(loaded, FinetuneConfig) else loaded
+    stay_offline_if_unreachable(flat)
     template = given_template(flat)
     return {
         **software(),
@@ -119,11 +121,9 @@ def _place(entry: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, then: Any, now: Any) -> str | None:
-    return f"{name}: was {_shown(then)}, is {_shown(now)}" if then != now else None
-
-
-def _shown(value: Any) -> str:
-    return "not there" if value is None else str(value)
+    if then == now:
+        return None
+    return f"{name}: was {'not there' if then is None else then}, is {'not found here' if now is None else now}"
 
 
 def repeat_command(start: Mapping[str, Any], config: str, output_dir: str) -> str:

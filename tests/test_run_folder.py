@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -541,9 +542,9 @@ def test_a_stopped_torchtune_run_is_interrupted(pretended: Pretended) -> None:
 
 
 def test_torchtune_does_not_run_on_where_its_folder_cannot_be_written(pretended: Pretended) -> None:
-    script = f"import shutil\nshutil.rmtree('run')\n{BAR.format(1, 4.0)}\nopen('pid', 'w').write(str(os.getpid()))\n"
-    with pytest.raises(FileNotFoundError):
-        pretended(f"{script}time.sleep(60)", **WANDB)
+    script = "os.remove('run/status.json'); os.mkdir('run/status.json'); open('pid', 'w').write(str(os.getpid()))\n"
+    with pytest.raises(IsADirectoryError):
+        pretended(f"{script}{BAR.format(1, 4.0)}\ntime.sleep(60)", **WANDB)
     with pytest.raises(ProcessLookupError):
         os.kill(int((pretended.folder / "pid").read_text()), 0)
 

@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m lacuna sft @ configs/sft_qwen.toml": "the same",
     "lacuna report configs": "test_report.py, as the next one",
     "lacuna report configs --metric accuracy --html report.html --csv runs.csv": "the same",
+    "lacuna replay runs/quickstart/sft --output sft_again.toml": "test_run_folder.py, with a tiny model",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",

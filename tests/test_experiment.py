@@ -706,6 +706,7 @@ def test_seeds_that_change_nothing_are_told() -> None:
     for recipe, words in {
         "full_finetune_single_device": "seeds change nothing here",
         "lora_x": "vary the adapters",
+        "ppo_full_finetune_single_device": "vary what the recipe draws",
     }.items():
         base = Base("b", "torchtune", {}, {}, recipe, None, False, 1, ())
         notes = find_confounds(base, [{"seed": 1}, {"seed": 2}])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from conftest import SCRIPTS, flags
 from fixtures import make_tokenizer, sentence, write_chat
 from hub_server import Hub, serve
+from lacuna.runs.folder import starts_of
 from lacuna.runs.metrics import read_metrics
 
 MODEL, TEXTS, CHATS = "Qwen/Qwen2.5-0.5B", "HuggingFaceFW/fineweb-edu", "someone/chats"
@@ -207,6 +208,11 @@ def test_sft_on_named_splits_and_again_without_network(workplace: Workplace) -> 
     assert time.perf_counter() - started < 60
     assert f"warning: the hub {CLOSED} cannot be reached" in output
     assert workplace.losses("offline") == workplace.losses("online")
+    (online,), (offline,) = (starts_of(workplace.folder / run) for run in ("online", "offline"))
+    commits = [entry["commit"] for entry in online["data_files"]]
+    assert [len(commit) for commit in commits] == [40, 40]
+    for name in ("data_files", "model_commit", "weights_fingerprint", "tokenizer_sha256"):
+        assert offline[name] == online[name] is not None
 
 
 def test_model_revision_picks_the_weights(hub: Hub, workplace: Workplace) -> None:
@@ -217,6 +223,10 @@ def test_model_revision_picks_the_weights(hub: Hub, workplace: Workplace) -> Non
         code, output = workplace.run("sft", **{**settings, **changes})
         assert code == 0, output
     assert workplace.losses("v1") == workplace.losses("folder") != workplace.losses("main")
+    main, v1, own = (starts_of(workplace.folder / run)[0] for run in ("main", "v1", "folder"))
+    assert len(main["model_commit"]) == len(v1["model_commit"]) == 40
+    assert (main["model_commit"] != v1["model_commit"], own["model_commit"]) == (True, None)
+    assert v1["weights_fingerprint"] == own["weights_fingerprint"] != main["weights_fingerprint"]
 
 
 @pytest.mark.parametrize(

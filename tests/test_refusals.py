@@ -18,8 +18,9 @@ from conftest import SCRIPTS, Run, flags, spawn
 from fixtures import make_model, make_tokenizer, write_chat
 from lacuna.config.training import SFTConfig
 from lacuna.errors import RunError
-from lacuna.runs.folder import locked, write_provenance
+from lacuna.runs.folder import locked
 from lacuna.runs.metrics import read_metrics
+from lacuna.runs.provenance import write_provenance
 from lacuna.train.checkpoint import damage, manifest_text, newest_whole
 from lacuna.train.session import resume_now
 

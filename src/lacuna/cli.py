@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lacuna import __version__, cli_experiment, cli_plan, cli_platform, cli_report, cli_run
+from lacuna import __version__, cli_experiment, cli_plan, cli_platform, cli_replay, cli_report, cli_run
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
@@ -29,7 +29,8 @@ YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None], dry_run: bool) -> None:
-    config, origins = resolve(FLAT[name], config_files(files), flags)
+    paths = config_files(files)
+    config, origins = resolve(FLAT[name], paths, flags)
     if dry_run:
         print_settings(config.model_dump(), origins)
     elif starts_processes(config.gpus):
@@ -46,7 +47,7 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
     if dry_run:
         show_dry_run(config, ())
     else:
-        train(config, [*sys.argv])
+        train(config, [*sys.argv], paths)
 
 
 def show_dry_run(config: "TrainingConfig | FinetuneConfig", problems: Iterable[str]) -> None:
@@ -127,7 +128,8 @@ def finetune(
         raise ConfigError("--device and --set device are both given: keep one of them")
     if device is not None:
         settings["device"] = device
-    config, origins = load_finetune(cli_platform.with_preset(files), settings)
+    paths = cli_platform.with_preset(files)
+    config, origins = load_finetune(paths, settings)
     if dry_run:
         print_settings(dict(leaves(config.model_dump())), origins)
     from lacuna.data.hub import stay_offline_if_unreachable
@@ -148,7 +150,7 @@ def finetune(
     if dry_run:
         show_dry_run(*with_folder(config, resume))
     else:
-        train(config, resume, verbose, [*sys.argv])
+        train(config, resume, verbose, [*sys.argv], paths)
 
 
 @lacuna.command(context_settings=HELP)
@@ -254,6 +256,7 @@ for around in (
     cli_report.report,
     cli_platform.presets,
     cli_platform.doctor,
+    cli_replay.replay,
 ):
     lacuna.add_command(around)
 

@@ -68,6 +68,11 @@ def hub_beginning(config: TrainingConfig, name: str, state: Any) -> Any:
     return {"number": 0, "hub": None, "commit": builder.hash, "format": builder.name}
 
 
+def hub_commit(subset: str | None, name: str) -> str:
+    """The commit that a hub data set is read at. Raises DataError."""
+    return str(_builder(subset, name, None).hash)
+
+
 def hub_rows(subset: str | None, name: str, split: str, state: Any, streaming: bool) -> RowsWithState:
     """Rows of a hub data set, each with a function that gives the state after it.
 

@@ -83,9 +83,14 @@ def _finetune(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _seeds(base: Base, runs: Sequence[Mapping[str, Any]]) -> str:
     order = "torchtune's sampler shuffles by seed 0 whatever the seed is, so the order of the data is the same"
     draws = any("dropout" in path and value for run in runs for path, value in leaves(run))
-    if str(base.recipe).startswith(("full_", "qat_distributed")) and not draws:
-        return f"warning: seeds change nothing here: {order}, and full fine-tuning draws nothing else: equal models"
-    return f"seeds vary the adapters' start and dropout; {order}"
+    recipe = str(base.recipe)
+    if recipe.startswith(("full_", "qat_distributed")) and not draws:
+        return (
+            f"warning: seeds change nothing here: {order}, and full fine-tuning without dropout draws nothing else: "
+            "the runs are equal to the bit, and what varies over them says nothing; leave seeds out, or set a dropout"
+        )
+    drawn = "the adapters' start and dropout" if "lora" in recipe or "knowledge" in recipe else "what the recipe draws"
+    return f"seeds vary {drawn}, not the data: {order}"
 
 
 def _ours(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from lacuna.finetune.checks import (
     own_words,
 )
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
-from lacuna.runs.folder import write_config, write_provenance, write_status
+from lacuna.runs.folder import write_status
 from lacuna.runs.metrics import MetricsLog
+from lacuna.runs.provenance import config_facts
 from lacuna.train.checkpoint import (
     CheckpointWriter,
     Regular,
@@ -41,6 +43,7 @@ from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
 from lacuna.train.progress import TrainingProgress
+from lacuna.train.record import record_model, record_start
 from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import open_tracker
@@ -49,13 +52,17 @@ BYTES_PER_PARAMETER = 12 + 4
 """A checkpoint's weight and two moments in fp32, and the final weight."""
 
 
-def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command: list[str]) -> None:
+def finetune(
+    config: FinetuneConfig, resume: str | None, verbose: bool, command: list[str], files: Sequence[str] = ()
+) -> None:
     """Train an adapter and leave a run folder with the adapter in `final/`.
 
     resume: a run folder or one of its checkpoints; "auto" the newest run; None a new one, or the one that is in
-    training.output_dir already. verbose: every step's metrics. command: what the user typed.
+    training.output_dir already. verbose: every step's metrics. command: what the user typed. files:
+    that the config was read from.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
+    given = config_facts(files)
     with join() as world, own_words():
         config, resume_from = world.first(lambda: resolve_folder(config, resume))
         flat = config.as_sft(world.size, resume_from)
@@ -63,7 +70,7 @@ def finetune(config: FinetuneConfig, resume: str | None, verbose: bool, command:
             flat = flat.model_copy(update={"log_every": 1})
 
         def work(folder: Path, console: Console, stop: StopRequest) -> None:
-            _finetune(config, flat, folder, command, console, stop, world)
+            _finetune(config, flat, folder, command, given, console, stop, world)
             console.print(f"adapter: {folder / 'final'}")
 
         resume_with = resume_command(_without_resume(command), config.gpus, "--resume", str(flat.output_dir))
@@ -131,19 +138,15 @@ def prepare(
 
 
 def _finetune(
-    config: FinetuneConfig, flat: SFTConfig, folder: Path, command: list[str], console: Console, stop: StopRequest,
-    world: World,
+    config: FinetuneConfig, flat: SFTConfig, folder: Path, command: list[str], given: Mapping[str, Any],
+    console: Console, stop: StopRequest, world: World,
 ) -> None:  # fmt: skip
     def report(text: str) -> None:
         console.print(in_own_words(text))
 
     tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, report, world))
     prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
-    if world.is_first:
-        write_config(folder, config)
-        facts = {"device": execution.device.name, "devices": world.size, "data_sha256": prepared.fingerprint}
-        facts["resume"] = flat.resume
-        write_provenance(folder, command, facts)
+    record_start(config, flat, prepared, command, given)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -153,6 +156,7 @@ def _finetune(
     assert rows is not None
     step, predicted = planned_step(config, model_config, execution, world.size, int(rows.lengths.max()))
     checkpointing, device = step.checkpointing, execution.device
+    record_model(flat, prepared, model, checkpointing)
     console.print(
         f"{type(causal_lm).__name__} ({config.training.method}) on {device.name}, "
         f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, gradient checkpointing "

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from lacuna.errors import ConfigError
 from lacuna.experiment import torchtune
 from lacuna.experiment.folder import MAPPING, digest
 from lacuna.experiment.mapping import read_mapping
-from lacuna.launch.child import SIGNALS, run_torchrun, run_watched
+from lacuna.launch.child import run_torchrun
 from lacuna.launch.nodes import rendezvous, torchrun
-from lacuna.runs.folder import locked, read_status, write_status
-from lacuna.runs.logs import last_words
+from lacuna.launch.torchtune_run import run_torchtune
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
     task = find_task(target, index, sha256)
     words = command(task, os.environ, torchtune_python)
     if task.trainer == "torchtune":
-        return run_torchtune(words, task.output_dir)
+        return run_torchtune(words, task.config, task.gpus * nodes(os.environ), task.output_dir)
     if nodes(os.environ) > 1:
         return run_torchrun(words)
     os.execv(words[0], words)
@@ -112,23 +111,3 @@ def command(task: Task, environment: Mapping[str, str], torchtune_python: str | 
     if nodes(environment) > 1:
         return torchrun(words, task.gpus, environment)
     return [sys.executable, "-m", "lacuna", *words]
-
-
-def run_torchtune(words: Sequence[str], output_dir: str | None) -> int:
-    """Run torchtune, which leaves no status.json, and write that for it."""
-    is_first = os.environ.get("SLURM_NODEID", "0") == "0"
-    if output_dir is None or not is_first:
-        return run_watched(words)[0]
-    folder = Path(output_dir)
-    with locked(folder):
-        if (read_status(folder) or {}).get("state") == "finished":
-            print(f"already finished: {folder}")
-            return 0
-        write_status(folder, "starting", 0, None, restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-        write_status(folder, "running", 0, None)
-        code, errors = run_watched(words)
-        stopped = code in {128 + number for number in SIGNALS}
-        state = "finished" if code == 0 else "interrupted" if stopped else "failed"
-        reason = {"reason": last_words(errors) or f"exit code {code}"} if code else {}
-        write_status(folder, state, 0, None, **reason)
-    return code

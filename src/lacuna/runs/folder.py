@@ -1,20 +1,19 @@
 """The run folder: config, provenance, status, metrics, checkpoints, final. Nothing here imports torch.
 
-config.toml        every setting, the defaults too; can be run again as it stands
-provenance.json    command, versions, machine, data
-status.json        state, step, reason
+config.toml        every setting, the defaults too; can be run again as it stands (torchtune: config.yaml)
+provenance.json    what each start was made of: see provenance.py
+status.json        state, step, seconds, reason
 metrics.jsonl      a line for each logged step
 output.log         what a run of `lacuna run` has printed
+evaluation.json    what the user's own evaluation found, if there is one
 checkpoints/       step-00000500 …, each whole or absent
 final/             a Hugging Face folder
 """
 
 import fcntl
-import importlib.metadata
+import hashlib
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +24,6 @@ import tomli_w
 from pydantic import BaseModel
 
 from lacuna.errors import RunError
-
-PACKAGES = (
-    "lacuna", "torch", "transformers", "tokenizers", "datasets", "numpy", "trl", "peft", "accelerate", "bitsandbytes",
-)  # fmt: skip
-
 
 OUTPUT_LOG = "output.log"
 """What the starts of `lacuna run` have printed."""
@@ -120,45 +114,17 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-def write_config(folder: Path, config: BaseModel) -> None:
-    write_whole(folder / "config.toml", tomli_w.dumps(config.model_dump(exclude_none=True)))
-
-
-def write_provenance(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
-    """Add this start to provenance.json: who looks at a run later sees every command that touched it."""
-    start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
-        "git": _git_state(),
-        **facts,
-    }
-    write_json(folder / "provenance.json", {"starts": [*starts_of(folder), start]})
+def write_config(folder: Path, config: BaseModel) -> str:
+    """config.toml; returns its SHA-256."""
+    text = tomli_w.dumps(config.model_dump(exclude_none=True))
+    write_whole(folder / "config.toml", text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def starts_of(folder: Path) -> list[dict[str, Any]]:
     """The entries of provenance.json, one for each start of the run."""
     path = folder / "provenance.json"
     return list(json.loads(path.read_text())["starts"]) if path.exists() else []
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has uncommitted changes; None outside a repository."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(changes.stdout.strip())}
 
 
 def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -173,14 +139,17 @@ def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
 def write_status(folder: Path, state: str, step: int, total_steps: int | None, **more: Any) -> None:
     """state: starting, running, finished, interrupted or failed. A SLURM job's id is added, and KEPT stays.
 
+    seconds: that all starts of the run have taken, up to this moment; time between two starts is none of them.
     What another process of the run has said of its failure is not written over; a new start begins with starting.
     """
-    facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": time.time()}
-    before = read_status(folder) or {}
+    before, now = read_status(folder) or {}, time.time()
     if state == "running" and before.get("state") == "failed":
         return
+    goes_on = state != "starting" and before.get("process") == os.getpid()
+    seconds = before.get("seconds", 0.0) + (max(now - before["time"], 0.0) if goes_on else 0.0)
+    facts = {"state": state, "step": step, "total_steps": total_steps, "process": os.getpid(), "time": now}
     kept = {name: before[name] for name in KEPT if name in before}
-    write_json(folder / "status.json", {**facts, **kept, **job_of(os.environ), **more})
+    write_json(folder / "status.json", {**facts, "seconds": round(seconds, 3), **kept, **job_of(os.environ), **more})
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

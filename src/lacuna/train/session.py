@@ -123,6 +123,8 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int) -> bool:
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
+    if (folder / "config.yaml").exists():
+        raise RunError(f"output_dir {folder} holds a torchtune run: choose another --output-dir")
     if not has_run(folder):
         return False
     if resume_now(flat, folder) == "never":

@@ -1,6 +1,6 @@
 """From a config to a running loop: everything that can fail is tried here, the cheap things first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from lacuna.data.chat import Renderer
 from lacuna.data.loader import check_data_settings, load_rows
 from lacuna.data.stream import check_stream, stream_fingerprint
 from lacuna.platform.detect import Device, choose_device
-from lacuna.runs.folder import write_config, write_provenance
+from lacuna.runs.provenance import config_facts
 from lacuna.train.distributed import World, check_world, join, load_once
 from lacuna.train.loading import load_model, load_model_config, load_sharded, load_tokenizer
 from lacuna.train.loop import Prepared, settle, train_steps
 from lacuna.train.model import Execution, LossModel, resolve_execution
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
+from lacuna.train.record import record_model, record_start
 from lacuna.train.session import (
     check_disk,
     check_resume_path,
@@ -33,17 +34,19 @@ BYTES_PER_PARAMETER = 12 + 4
 """A checkpoint's weight and two moments in fp32, and the final weight."""
 
 
-def train(config: TrainingConfig, command: list[str]) -> None:
+def train(config: TrainingConfig, command: list[str], files: Sequence[str] = ()) -> None:
     """Train what the config says and leave a run folder with `final/` in it.
 
-    command: what the user typed; shown as what resumes the run, and kept in the provenance.
+    command: what the user typed; shown as what resumes the run, and kept in the provenance, as is the hash of the
+    files that the config was read from.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     resume_with = resume_command(command, config.gpus, *([] if config.resume == "auto" else ["--resume", "auto"]))
+    given = config_facts(files)
     with join() as world:
 
         def work(folder: Path, console: Console, stop: StopRequest) -> None:
-            _train(config, folder, command, console, stop, world)
+            _train(config, folder, command, given, console, stop, world)
             console.print(f"model: {folder / 'final'}")
 
         supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world)
@@ -70,8 +73,9 @@ def check_before(
 
 
 def _train(
-    config: TrainingConfig, folder: Path, command: list[str], console: Console, stop: StopRequest, world: World
-) -> None:
+    config: TrainingConfig, folder: Path, command: list[str], given: Mapping[str, Any], console: Console,
+    stop: StopRequest, world: World,
+) -> None:  # fmt: skip
     device = world.agreed(lambda: choose_device(config.device))
     tokenizer, model_config, execution = world.agreed(lambda: check_before(config, device, console.print, world))
     renderer = Renderer(tokenizer)
@@ -94,10 +98,7 @@ def _train(
     prepared = Prepared(
         folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found, world
     )
-    if world.is_first:
-        write_config(folder, config)
-        facts = {"device": device.name, "devices": world.size, "data_sha256": fingerprint, "resume": config.resume}
-        write_provenance(folder, command, facts)
+    record_start(config, config, prepared, command, given)
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
@@ -109,6 +110,7 @@ def _train(
     step, predicted = planned_step(config, model_config, execution, shards, longest)
     if (line := memory_line(predicted, device)) is not None:
         console.print(line)
+    record_model(config, prepared, model, step.checkpointing)
     train_steps(config, prepared, settle(config, prepared, model, console, step.checkpointing), console, stop)
     if (line := predicted_and_measured(predicted, execution)) is not None:
         console.print(line)

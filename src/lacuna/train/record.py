@@ -1,0 +1,75 @@
+"""What a start of a run leaves in its folder before the first step: config.toml and provenance.json."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.training import TrainingConfig
+from lacuna.runs.folder import write_config
+from lacuna.runs.provenance import (
+    add_facts,
+    data_facts,
+    hardware,
+    model_facts,
+    slurm_facts,
+    template_sha256,
+    tokenizer_facts,
+    write_provenance,
+)
+from lacuna.train.loop import Prepared
+
+
+def record_start(
+    config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, prepared: Prepared, command: Sequence[str],
+    given: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """By the first process, once the data are read. given: see config_facts; they were hashed when they were read."""
+    if not prepared.world.is_first:
+        return
+    execution, tokenizer = prepared.execution, prepared.tokenizer
+    facts = {
+        "trainer": config.model_dump()["trainer"],
+        **given,
+        "config_sha256": write_config(prepared.folder, config),
+        **data_facts(flat),
+        "data_sha256": prepared.fingerprint,
+        **tokenizer_facts(flat, tokenizer.name_or_path),
+        "chat_template_sha256": template_sha256(tokenizer.chat_template),
+        **hardware(execution.device, prepared.world.size, torch.version.cuda),
+        "precision": str(execution.dtype).removeprefix("torch."),
+        "attention": execution.attention,
+        "compile": execution.compile,
+        "seed": flat.seed,
+        "total_steps": prepared.total_steps,
+        "slurm": slurm_facts(os.environ),
+        "resume": flat.resume,
+    }
+    write_provenance(prepared.folder, command, facts)
+
+
+def record_model(flat: TrainingConfig, prepared: Prepared, model: nn.Module, checkpointing: bool) -> None:
+    """By the first process, once the model is there."""
+    if not prepared.world.is_first:
+        return
+    facts = {
+        **model_facts(flat),
+        "parameters": sum(_sizes(model)),
+        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "activation_checkpointing": checkpointing,
+    }
+    add_facts(prepared.folder, facts)
+
+
+def _sizes(model: nn.Module) -> list[int]:
+    """Of every parameter; a quantised weight is stored in another shape than it has."""
+    sizes: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            sizes[parameter] = parameter.numel()
+            if isinstance(module, nn.Linear) and parameter is module.weight:
+                sizes[parameter] = module.in_features * module.out_features
+    return list(sizes.values())

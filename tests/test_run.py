@@ -225,7 +225,7 @@ def test_torchtunes_runs_begin_again_and_are_left_alone_when_finished(
     recorded.write_text("seed: 5\n")
     outcome = run("lacuna", "run", "configs")
     assert outcome.code == 2
-    assert "run_000: the run in runs/run_000 has other settings (see its config.yaml): move that" in outcome.output
+    assert "run_000: the run in runs/run_000 has another config (see there): move that" in outcome.output
 
 
 # Before anything starts.

@@ -82,8 +82,10 @@ def is_finished(run: Planned) -> bool:
     says_so = (read_status(run.folder) or {}).get("state") == "finished"
     if run.trainer == "torchtune":
         recorded = run.folder / "config.yaml"
-        if recorded.exists() and recorded.read_bytes() != run.config.read_bytes():
-            raise RunError(f"the run in {run.folder} has other settings (see its config.yaml): {MEND}")
+        has_trained = says_so or (run.folder / "metrics.jsonl").exists() or any(run.folder.glob("epoch_*"))
+        is_other = has_trained and recorded.exists() and recorded.read_bytes() != run.config.read_bytes()
+        if is_other or (run.folder / "config.toml").exists():
+            raise RunError(f"the run in {run.folder} has another config (see there): {MEND}")
         return says_so
     if not has_run(run.folder):
         return False

@@ -518,6 +518,13 @@ def test_the_status_follows_while_torchtune_runs(pretended: Pretended) -> None:
     ]
 
 
+def test_the_loss_of_a_status_is_that_of_its_step_where_the_bar_is_ahead_of_the_log(pretended: Pretended) -> None:
+    script = f"print('Step 1 | loss:4.0 ')\n{BAR.format(2, 3.0)}\ntime.sleep(1)\nprint('Step 2 | loss:3.0 ')\n"
+    out = {"metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"}}
+    assert pretended(script, **out) == 0
+    assert (pretended.status()["step"], pretended.status()["loss"]) == (2, 3.0)
+
+
 def test_a_resumed_torchtune_run_replaces_the_steps_that_it_takes_again(pretended: Pretended) -> None:
     out = {"metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"}}
     lines = "".join(f"print('Step {step} | loss:{step}.0 ')\n" for step in (1, 2, 3))

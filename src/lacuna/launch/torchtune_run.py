@@ -59,7 +59,8 @@ def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: 
         state, reason = _ending(code, errors, record, is_shipped=not recipe_of(words).endswith(".py"))
         if state == "finished":
             write_final(folder)
-        write_status(folder, state, record.step, record.total_steps, **({"reason": reason} if reason else {}))
+        why = {"reason": reason} if reason else {}
+        write_status(folder, state, record.step, record.total_steps, **record.shown, **why)
     if state == "failed" and code == 0:
         print(f"error: {reason}", file=sys.stderr)
     return code or int(state == "failed")
@@ -115,7 +116,7 @@ class Record:
         self.step, self.logged, self.has_trained = 0, 0, False
         self.total_steps: int | None = None
         self.broken: int | None = None
-        self.last: dict[str, float] = {}
+        self.shown: dict[str, float] = {}
         self.output = self.errors = ""
         self.log: MetricsLog | None = None
 
@@ -145,8 +146,7 @@ class Record:
         end = max(self.errors.rfind("\r"), self.errors.rfind("\n"))
         self.errors = self.errors[max(end, 0) :][-KEPT_TEXT:]
         if self.step != before:
-            shown = {name: self.last[name] for name in ("loss", "tokens_per_second") if name in self.last}
-            write_status(self.folder, "running", self.step, self.total_steps, **shown)
+            write_status(self.folder, "running", self.step, self.total_steps, **self.shown)
 
     def _new_lines(self, file: Path) -> str:
         """The whole lines since the last call."""
@@ -162,7 +162,8 @@ class Record:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if "loss" in values and "loss" not in finite and self.broken is None:
             self.broken = step
-        self.last.update(finite)
+        if step == self.step:
+            self.shown |= {name: finite[name] for name in ("loss", "tokens_per_second") if name in finite}
         if not is_logged:
             return
         if self.log is None or step <= self.logged:

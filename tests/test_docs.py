@@ -96,7 +96,7 @@ def call(command: str, folder: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def quickstart(checkout: Path) -> tuple[Path, str]:
-    """With one seed instead of three, which would take as long as all other tests of a core."""
+    """With one seed: three take six minutes of a core."""
     experiment = checkout / "examples" / "quickstart" / "experiment.yaml"
     experiment.write_text(re.sub(r"^seeds: .*$", "seeds: [1]", experiment.read_text(), flags=re.MULTILINE))
     return checkout, call("make quickstart", checkout)

@@ -34,6 +34,7 @@ def answers(folder: Path, questions: list[str]) -> list[str]:
 
 def main() -> None:
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # more would wait for each other: the models are that small
     lines = (RUNS / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     questions, expected = ([chat[turn]["content"] for chat in chats] for turn in (0, 1))

@@ -21,8 +21,9 @@ torchtune: .venv-torchtune/installed
 quickstart: install
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/pretrain @ examples/quickstart/pretrain.toml
-	$(BIN)/sft @ examples/quickstart/sft.toml
+	$(BIN)/lacuna run examples/quickstart/experiment.yaml --configs runs/quickstart/configs --jobs 2
 	$(BIN)/python examples/quickstart/evaluate.py
+	$(BIN)/lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html
 
 test: install torchtune
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

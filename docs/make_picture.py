@@ -139,7 +139,7 @@ def main() -> None:
     Path("docs/sample.svg").write_text(in_colour(config, renderer), encoding="utf-8")
     rows, _ = load_rows(config, renderer, lambda line: None)
     shapes = curve(Path("runs/quickstart/base"), 30, "pretrain")
-    shapes += curve(Path("runs/quickstart/sft"), 330, "sft")
+    shapes += curve(Path("runs/quickstart/run_003"), 330, "sft")
     shapes.append(text(620, 44, "packed rows of the sft data", 15, weight="bold"))
     for place, index in enumerate(row_order(config.seed, 0, len(rows))[:6].tolist()):
         shapes += packed_row(rows.row(index), config.sequence_length, 620, 80 + 30 * place, 310)

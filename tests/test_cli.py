@@ -150,6 +150,18 @@ def test_the_torch_free_half_imports_no_torch() -> None:
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
 
 
+def test_the_garbage_collector_rests_while_the_trainer_is_imported_and_no_longer() -> None:
+    code = (
+        "import gc\nfrom lacuna.cli import fast_imports\nresting = []\n"
+        "with fast_imports(): resting.append(gc.isenabled())\n"
+        "print(resting, gc.isenabled(), gc.get_freeze_count() > 0)\n"
+        "try:\n    with fast_imports(): import nothing_of_this_name\n"
+        "except ModuleNotFoundError: print(gc.isenabled())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "[False] True True\nTrue\n"), result.stderr
+
+
 def test_the_list_of_the_torch_free_half_is_complete() -> None:
     found = {
         ".".join(path.relative_to(SOURCE).with_suffix("").parts)

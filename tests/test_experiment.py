@@ -400,6 +400,8 @@ def test_whole_numbers_are_compared_exactly() -> None:
         ({"variables": {"max_seq_len": [64, 128]}, "controls": {"packed": True}}, "so do the samples in a packed row"),
         ({"variables": {"batch_size": [8, 16]}, "base": SFT}, "a step holds 32768, 65536 tokens"),
         ({"variables": {"batch_size": [8, 16]}, "base": PRETRAIN}, "so the tokens seen differ"),
+        ({"paired": [{"batch_size": 8, "steps": 4}, {"batch_size": 16, "steps": 2}], "base": PRETRAIN},
+         "so the optimizer steps differ"),
         ({"variables": {"packing": [True, False]}, "base": SFT}, "packing varies"),
     ],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Ask the model from before and from after SFT the held-out prompts, and count the answers that are exactly right."""
+"""Ask the pretrained model and every finished run of the experiment the held-out prompts, and count the answers that
+are exactly right. Each run's share of them goes into its folder as evaluation.json, which `lacuna report` reads."""
 
 import json
 from pathlib import Path
@@ -8,13 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lacuna.experiment.mapping import read_mapping
+from lacuna.runs.folder import read_status, write_json
+
 RUNS = Path("runs/quickstart")
 END_OF_TURN = "<|im_end|>"
 
 
 @torch.inference_mode()
 def answers(folder: Path, questions: list[str]) -> list[str]:
-    """The model's most probable answers, up to the end of its turn."""
+    """The model's most probable answers, up to the end of its turn; to all questions at once."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompts = [
@@ -30,6 +34,7 @@ def answers(folder: Path, questions: list[str]) -> list[str]:
 
 def main() -> None:
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # more would wait for each other: the models are that small
     lines = (RUNS / "data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     questions, expected = ([chat[turn]["content"] for chat in chats] for turn in (0, 1))
@@ -38,8 +43,21 @@ def main() -> None:
         pairs = zip(answers(folder, questions), expected, strict=True)
         return sum(1 for said, wanted in pairs if said == wanted) / len(chats)
 
-    before, after = accuracy(RUNS / "base" / "final"), accuracy(RUNS / "sft" / "final")
-    print(f"held-out accuracy: {after:.2f} (before: {before:.2f})")
+    mapping = read_mapping(RUNS / "configs")
+    arms: dict[str, list[float]] = {}
+    for index in range(len(mapping.items)):
+        run = mapping.entry(index)
+        folder = Path(run["output_dir"])
+        if (read_status(folder) or {}).get("state") != "finished":
+            print(f"{run['id']}: not finished, and so not evaluated")
+            continue
+        found = accuracy(folder / "final")
+        write_json(folder / "evaluation.json", {"held_out_accuracy": found})
+        arms.setdefault(", ".join(f"{name}={value}" for name, value in run["params"].items()), []).append(found)
+    print(f"held-out accuracy: {accuracy(RUNS / 'base' / 'final'):.2f} (before)")
+    for arm, found in arms.items():
+        seeds = ", ".join(f"{share:.2f}" for share in found)
+        print(f"held-out accuracy: {sum(found) / len(found):.2f} ({arm}; seeds: {seeds})")
 
 
 if __name__ == "__main__":

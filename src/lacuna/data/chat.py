@@ -265,10 +265,10 @@ class Renderer:
                 header = len(self.render(conversation.messages[:index], conversation.tools))
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
                 start = self._end_of_header(text[:same], header)
-            longest = len(self.render(conversation.messages[: index + 1], conversation.tools))
+            is_last = index == len(conversation.messages) - 1
+            longest = len(text if is_last else self.render(conversation.messages[: index + 1], conversation.tools))
             end = text.find(self.end_of_turn, start, longest)
             words, content = text[start : max(end, start)].strip(), message["content"].strip()
-            is_last = index == len(conversation.messages) - 1
             if not text.startswith(prompt) and not (words == content if is_last else words and content.endswith(words)):
                 return None
             spans.append((start, end + len(self.end_of_turn) if end >= 0 else start))

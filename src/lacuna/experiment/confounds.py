@@ -95,10 +95,10 @@ def _seeds(base: Base, runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _ours(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     tokens = [_product(run, ("batch_size", "sequence_length"), 1) for run in runs]
-    limited = any(run.get("steps") is not None for run in runs)
+    seen = {_product(run, ("batch_size", "sequence_length", "steps"), 1) for run in runs}
     notes = []
     if None not in tokens and len(set(tokens)) > 1:
-        what = "tokens seen" if limited else "optimizer steps"
+        what = "tokens seen" if len(seen) > 1 else "optimizer steps"
         notes.append(
             f"confound: a step holds {_listed(tokens)} tokens (batch_size × sequence_length), so the {what} differ"
         )

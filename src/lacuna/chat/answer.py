@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,8 +14,8 @@ Say = Callable[[str], None]
 End = Literal["stop", "max_tokens", "context", "interrupted"]
 """Why an answer ended: the model ended it, or what cut it off."""
 CUT_OFF = {
-    "max_tokens": "cut off after --max-tokens",
-    "context": "cut off: the context is full",
+    "max_tokens": "cut off after max_tokens",
+    "context": "cut off where the context is full",
     "interrupted": "stopped",
 }
 
@@ -36,35 +36,24 @@ class Settings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Reply:
-    """tokens are None where an endpoint does not count them. left_out: messages that the context had no room for."""
+class Answer:
+    """tokens are None where nobody counted them. left_out: the oldest messages, which the context had no room for.
+
+    first: seconds to the first text, None where there was none. seconds: to the end.
+    """
 
     text: str
     end: End
-    prompt_tokens: int | None
-    answer_tokens: int | None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
     left_out: int = 0
+    first: float | None = None
+    seconds: float = 0.0
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A reply and when it came. first: seconds to its first text, None where there was none."""
-
-    reply: Reply
-    first: float | None
-    seconds: float
-
-    def facts(self) -> dict[str, Any]:
-        """For a line of JSON."""
-        return {
-            "answer": self.reply.text,
-            "end": self.reply.end,
-            "prompt_tokens": self.reply.prompt_tokens,
-            "answer_tokens": self.reply.answer_tokens,
-            "left_out": self.reply.left_out,
-            "seconds_to_first": None if self.first is None else round(self.first, 4),
-            "seconds": round(self.seconds, 4),
-        }
+    def notes(self) -> list[str]:
+        """What the user must know beside the text."""
+        left_out = f"the context is full: the oldest {self.left_out} messages were left out"
+        return [left_out] * (self.left_out > 0) + [CUT_OFF.get(self.end, "")] * (self.end in CUT_OFF)
 
 
 class Model(Protocol):
@@ -77,27 +66,22 @@ class Model(Protocol):
     def is_chat(self) -> bool:
         """Whether it takes conversations; otherwise it continues the last message as plain text."""
 
-    def reply(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Reply:
-        """Raises LacunaError where there is no answer, KeyboardInterrupt where the user stops it."""
+    def answer(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Answer:
+        """Raises LacunaError where there is none, KeyboardInterrupt where the user stops it."""
 
 
 def ask(model: Model, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Answer:
-    """The model's answer to a conversation that ends with the user's words."""
+    """The model's answer to a conversation that ends with the user's words, and when it came."""
     start = time.perf_counter()
     first: list[float] = []
 
     def say_timed(piece: str) -> None:
-        first.append(time.perf_counter() - start) if not first else None
+        first.append(time.perf_counter() - start)
         say(piece)
 
-    reply = model.reply(messages, settings, seed, say_timed)
-    return Answer(reply, first[0] if first else None, time.perf_counter() - start)
-
-
-def notes(reply: Reply) -> list[str]:
-    """What the user must know beside the text."""
-    found = [f"the context is full: the oldest {reply.left_out} messages were left out"] if reply.left_out else []
-    return found + ([CUT_OFF[reply.end]] if reply.end in CUT_OFF else [])
+    answer = model.answer(messages, settings, seed, say_timed)
+    seconds = round(time.perf_counter() - start, 4)
+    return replace(answer, first=round(first[0], 4) if first else None, seconds=seconds)
 
 
 def without_oldest(messages: Sequence[Message]) -> list[Message] | None:

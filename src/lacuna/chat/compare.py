@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lacuna.chat.answer import Answer, Settings, ask, notes
+from lacuna.chat.answer import Answer, Settings, ask
 from lacuna.chat.find import Place
 from lacuna.chat.local import Report, free_memory, load
 from lacuna.chat.terminal import VISIBLE, prompts_of
@@ -102,7 +102,7 @@ def compare(
             {
                 "messages": prompt.messages,
                 "reference": prompt.reference,
-                "answers": {name: of_model[place].facts() for name, of_model in answers.items()},
+                "answers": {name: asdict(of_model[place]) for name, of_model in answers.items()},
             }
             for place, prompt in enumerate(prompts)
         ]
@@ -122,12 +122,12 @@ def side_by_side(prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Answe
     for place, prompt in enumerate(prompts):
         cells = [prompt.messages[-1]["content"], *([prompt.reference or ""] if has_reference else [])]
         for of_model in answers.values():
-            reply = of_model[place].reply
-            cells.append("\n".join([reply.text.strip(), *(f"({note})" for note in notes(reply))]))
+            answer = of_model[place]
+            cells.append("\n".join([answer.text.strip(), *(f"({note})" for note in answer.notes())]))
         table.add_row(*(Text(cell.translate(VISIBLE)) for cell in cells))
     if has_reference:
         wanted = [(place, prompt.reference.strip()) for place, prompt in enumerate(prompts) if prompt.reference]
-        rights = [sum(of[place].reply.text.strip() == text for place, text in wanted) for of in answers.values()]
+        rights = [sum(of[place].text.strip() == text for place, text in wanted) for of in answers.values()]
         table.add_row("equal to the reference", "", *(f"{right} of {len(wanted)}" for right in rights))
     return table
 

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 
-from lacuna.chat.answer import End, Reply, Say, Settings, without_oldest
+from lacuna.chat.answer import Answer, End, Say, Settings, without_oldest
 from lacuna.config.files import did_you_mean
 from lacuna.data.formats import Message
 from lacuna.errors import ConfigError, ModelError
 
 NO_KEY = "none"
 """What a server gets that asks for no key: the client wants to send one."""
+
+
+LONGEST = 300
+"""Characters of an endpoint's own words."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Endpoint:
     key: str = NO_KEY
     is_chat: bool = True
 
-    def reply(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Reply:
+    def answer(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Answer:
         """As the endpoint streams it; where it says that the context is full, without the oldest turns.
 
         Raises ModelError in a sentence where the endpoint is down, or refuses.
@@ -33,16 +38,16 @@ class Endpoint:
         kept = list(messages)
         while True:
             try:
-                return self._reply(kept, settings, seed, say, len(messages) - len(kept))
+                return self._answer(kept, settings, seed, say, len(messages) - len(kept))
             except openai.BadRequestError as error:
                 shorter = without_oldest(kept)
                 if shorter is None or "context" not in str(error).lower():
                     raise self._refused(error) from None
                 kept = shorter
-            except openai.APIError as error:
+            except (openai.APIError, httpx.HTTPError) as error:
                 raise self._refused(error) from None
 
-    def _reply(self, messages: list[Message], settings: Settings, seed: int, say: Say, left_out: int) -> Reply:
+    def _answer(self, messages: list[Message], settings: Settings, seed: int, say: Say, left_out: int) -> Answer:
         drawn = settings.model_dump() | {"seed": seed}
         request: Any = {"model": self.name, "messages": messages, "stream_options": {"include_usage": True}, **drawn}
         text, end, usage = "", None, None
@@ -58,28 +63,27 @@ class Endpoint:
             raise ModelError(f"{self.base_url}: the endpoint broke off in the middle of the answer")
         why: End = "max_tokens" if end == "length" else "stop"
         if usage is None:
-            return Reply(text, why, None, None, left_out)
-        return Reply(text, why, usage.prompt_tokens, usage.completion_tokens, left_out)
+            return Answer(text, why, None, None, left_out)
+        return Answer(text, why, usage.prompt_tokens, usage.completion_tokens, left_out)
 
-    def _refused(self, error: openai.APIError) -> ModelError:
+    def _refused(self, error: openai.APIError | httpx.HTTPError) -> ModelError:
         """In a sentence. A service's words may hold the key, which must not be shown."""
-        said = (
-            " ".join(str(error).replace(self.key, "…").split()) if self.key != NO_KEY else " ".join(str(error).split())
-        )
+        said = error.response.text if isinstance(error, openai.APIStatusError) else str(error.__cause__ or error)
+        said = " ".join(said.replace(self.key, "…" if self.key != NO_KEY else NO_KEY).split())[:LONGEST]
         match error:
             case openai.APITimeoutError():
-                return ModelError(f"{self.base_url}: the endpoint does not answer in time")
+                why = "the endpoint does not answer in time"
             case openai.APIConnectionError():
-                return ModelError(
-                    f"{self.base_url}: no endpoint answers there ({error.__cause__ or said}); is it running?"
-                )
+                why = "no endpoint answers there; is it running?"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
-                return ModelError(
-                    f"{self.base_url}: the key is missing or refused: name its variable by --api-key-env ({said})"
-                )
+                why = "the key is missing or refused; --api-key-env names the variable that holds it"
             case openai.NotFoundError():
-                return ModelError(f"{self.base_url}: no model {self.name!r} there{self._known()} ({said})")
-        return ModelError(f"{self.base_url}: refused: {said}")
+                why = f"the endpoint has no model {self.name!r}, or nothing under this URL{self._known()}"
+            case openai.APIStatusError():
+                why = f"the endpoint refused (status {error.status_code})"
+            case _:
+                why = "the endpoint broke off"
+        return ModelError(f"{self.base_url}: {why} ({said})")
 
     def _known(self) -> str:
         try:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lacuna.chat.answer import End, Reply, Say, Settings
+from lacuna.chat.answer import Answer, End, Say, Settings
 from lacuna.chat.find import Place
 from lacuna.chat.prompt import check_room, fitting_tokens, plain_tokens
 from lacuna.config.finetune import FinetuneConfig
@@ -51,7 +51,7 @@ class LocalModel:
         longest: int | None = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         return longest
 
-    def reply(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Reply:
+    def answer(self, messages: Sequence[Message], settings: Settings, seed: int, say: Say) -> Answer:
         """Drawn from the seed. Raises ModelError where there is no room for an answer, or no place for a message."""
         tokens, left_out = self.prompt(messages, settings.max_tokens)
         room = settings.max_tokens if self.context is None else min(settings.max_tokens, self.context - len(tokens))
@@ -68,7 +68,7 @@ class LocalModel:
             streamer=pieces,
         )
         cut_off: End = "max_tokens" if room == settings.max_tokens else "context"
-        return Reply(pieces.text, "stop" if pieces.stopped else cut_off, len(tokens), len(pieces.tokens), left_out)
+        return Answer(pieces.text, "stop" if pieces.stopped else cut_off, len(tokens), len(pieces.tokens), left_out)
 
     def prompt(self, messages: Sequence[Message], longest: int) -> tuple[list[int], int]:
         """The tokens to continue, and how many of the oldest messages were left out.

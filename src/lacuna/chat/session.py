@@ -17,12 +17,13 @@ HELP = """\
 /system [TEXT]     what the model is told first; without TEXT, nothing
 /undo              take back the last prompt and its answer
 /retry             answer the last prompt again, with the next seed
-/save FILE         write the conversation as a line of jsonl, as training reads it
+/save FILE         write the conversation as jsonl, as training reads it
 /load FILE         go on with a conversation that was saved
-/set [NAME VALUE]  temperature, top_p, max_tokens or seed; without NAME, show them
+/set [NAME VALUE]  temperature, top_p, max_tokens or seed; alone: show them
 /help              this list
 /exit              leave, as Ctrl-D does
-Ctrl-C stops an answer. Pasted lines stay together. A space before it makes a slash part of a prompt."""
+Ctrl-C stops an answer. Pasted lines stay together. For a prompt that begins
+with a slash, put a space before it."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -16,12 +17,12 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
-from lacuna.chat.answer import Answer, Model, Reply, Settings, ask, notes
+from lacuna.chat.answer import Answer, Model, Settings, ask
 from lacuna.chat.session import Session, Step, Turn, obey
 from lacuna.data.formats import Message
 from lacuna.errors import DataError, LacunaError
 
-PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """Control characters as their pictures: no model's words move the cursor."""
 REFRESHES = 10
@@ -50,12 +51,11 @@ class Tail:
             yield Segment.line()
 
 
-def whole_blocks(text: str) -> tuple[str, str]:
-    """Markdown whose blocks are complete whatever follows, and the rest."""
+def blocks_of(text: str) -> list[str]:
+    """The parts of Markdown that stand by themselves: whatever comes behind them, all but the last stay as they are."""
     lines = text.split("\n")
-    starts = [token.map[0] for token in PARSER.parse("\n".join(lines[:-1])) if token.level == 0 and token.map]
-    begin = max(starts, default=0)
-    return "\n".join(lines[:begin]), "\n".join(lines[begin:])
+    starts = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map]
+    return ["\n".join(lines[start:end]) for start, end in pairwise([0, *starts[1:], len(lines)])]
 
 
 class Screen:
@@ -63,7 +63,7 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.rest = ""
+        self._rest = ""
         self._is_first = True
         self._live = Live(console=console, transient=True, refresh_per_second=REFRESHES)
 
@@ -72,21 +72,23 @@ class Screen:
         return self
 
     def say(self, piece: str) -> None:
-        whole, self.rest = whole_blocks(self.rest + piece.translate(VISIBLE))
+        lines, _, begun = (self._rest + piece.translate(VISIBLE)).rpartition("\n")
+        *whole, last = blocks_of(lines)
         self._print(whole)
-        self._live.update(Tail(self.rest))
+        self._rest = f"{last}\n{begun}" if last or lines else begun
+        self._live.update(Tail(self._rest))
 
-    def _print(self, text: str) -> None:
-        if text.strip():
+    def _print(self, blocks: Iterable[str]) -> None:
+        for block in filter(str.strip, blocks):
             if not self._is_first:
                 self.console.print()
             self._is_first = False
-            self.console.print(Words(text))
+            self.console.print(Words(block))
 
     def __exit__(self, *_: object) -> None:
         self._live.update(Text())
         self._live.stop()
-        self._print(self.rest)
+        self._print(blocks_of(self._rest))
 
 
 class Plain:
@@ -118,20 +120,20 @@ def show_answer(console: Console, model: Model, messages: list[Message], setting
         try:
             return ask(model, messages, settings, seed, say)
         except KeyboardInterrupt:
-            return Answer(Reply("".join(said), "interrupted", None, None), None, 0.0)
+            return Answer("".join(said), "interrupted")
 
 
-def answered(console: Console, model: Model, step: Step) -> Session:
-    """The session with the prompt's answer. Raises LacunaError where there is none."""
-    session, prompt = step.session, step.prompt
+def answered(console: Console, model: Model, session: Session, step: Step) -> Session:
+    """The session with the answer to a step's prompt. Raises LacunaError where there is none."""
+    prompt, settings = step.prompt, step.session.settings
     assert prompt is not None
-    messages = [*session.messages(), {"role": "user", "content": prompt}]
-    answer = show_answer(console, model, messages, session.settings, step.seed)
-    reply = answer.reply
-    speed = [f"{reply.answer_tokens} tokens in {answer.seconds:.1f} s"] if reply.answer_tokens is not None else []
-    console.print(Text("; ".join([*notes(reply), *speed]), style="dim"))
-    turn = Turn(prompt, reply.text.strip(), step.seed)
-    return replace(session, turns=(*session.turns, turn)) if turn.assistant else session
+    messages = [*step.session.messages(), {"role": "user", "content": prompt}]
+    answer = show_answer(console, model, messages, settings, step.seed)
+    counted = f"{answer.answer_tokens} tokens in {answer.seconds:.1f} s"
+    console.print(Text("; ".join([*answer.notes(), *[counted] * (answer.answer_tokens is not None)]), style="dim"))
+    if answer.end == "interrupted" and not answer.text:
+        return session
+    return replace(step.session, turns=(*step.session.turns, Turn(prompt, answer.text.strip(), step.seed)))
 
 
 def converse(model: Model, session: Session) -> None:
@@ -150,7 +152,7 @@ def converse(model: Model, session: Session) -> None:
             if line.strip():
                 step = obey(session, line)
                 console.print(Text(step.told.translate(VISIBLE), style="dim")) if step.told else None
-                session = answered(console, model, step) if step.prompt is not None else step.session
+                session = answered(console, model, session, step) if step.prompt is not None else step.session
                 leaves = step.leaves
         except KeyboardInterrupt:
             continue
@@ -182,11 +184,11 @@ def answer_lines(model: Model, session: Session, lines: Iterable[bytes], as_json
             error.problems = [f"line {number}: {problem}" for problem in error.problems]
             raise
         if as_json:
-            facts = {"prompt": prompt, **answer.facts(), "seed": session.settings.seed}
+            facts = {"prompt": prompt, **asdict(answer), "seed": session.settings.seed}
             click.echo(json.dumps(facts, ensure_ascii=False))
             continue
-        click.echo(answer.reply.text)
-        for note in notes(answer.reply):
+        click.echo(answer.text)
+        for note in answer.notes():
             click.echo(f"note: line {number}: {note}", err=True)
     sys.stdout.flush()
 

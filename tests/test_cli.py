@@ -40,6 +40,7 @@ TORCH_FREE = [
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
+    "lacuna.cli_chat", "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
@@ -149,12 +150,14 @@ def test_the_list_of_the_torch_free_half_is_complete() -> None:
     assert found <= set(TORCH_FREE)
 
 
-def in_core_only(packages: Path, command: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def in_core_only(
+    packages: Path, command: str, *words: str | Path, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     code = f"import sys, lacuna.cli as cli\nsys.argv[0] = '{command}'\n"
     code += {"lacuna": "cli.main()", "sft": "cli.main_sft()", "pretrain": "cli.main_pretrain()"}[command]
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     arguments = [sys.executable, "-S", "-c", code, *map(str, words)]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def test_explain_works_where_only_the_core_is_installed(core_only: Path, folder: Path) -> None:
@@ -176,6 +179,16 @@ def test_training_without_its_extra_names_the_install_command(core_only: Path, f
 def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
     result = in_core_only(core_only, "lacuna", "data", "--config", folder / "good.toml")
     assert "pip install 'lacuna[train]'" in message(result)
+
+
+@pytest.mark.parametrize("words", [["chat"], ["compare", ".", "./", "--prompts", "x.txt"]])
+def test_talking_without_its_extra_names_the_install_command(core_only: Path, folder: Path, words: list[str]) -> None:
+    (folder / "config.json").touch()
+    (folder / "runs" / "a" / "final").mkdir(parents=True)
+    (folder / "runs" / "a" / "status.json").write_text('{"state": "finished"}')
+    (folder / "runs" / "a" / "final" / "config.json").touch()
+    result = in_core_only(core_only, "lacuna", *words, cwd=folder)
+    assert "pip install 'lacuna[chat]'" in message(result)
 
 
 def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:

@@ -50,9 +50,17 @@ RUN_ELSEWHERE = {
     "finetune --config auto": "test_presets.py",
     "scripts/setup_local.sh": "test_doctor.py",
     "conda env create --file environment-remote.yml && conda activate lacuna && lacuna doctor": "test_doctor.py",
+    "chat": "test_talk.py, as the next two",
+    "chat --model runs/quickstart/sft --temperature 0": "the same",
+    "chat --base-url http://localhost:8000/v1 --model runs/quickstart/sft/final": "the same",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }
+COMPARISON = (
+    "lacuna compare runs/quickstart/base runs/quickstart/sft --prompts runs/quickstart/data/held_out.jsonl "
+    "--output runs/answers.jsonl"
+)
+TALKS = {"echo 'upper: read string' | chat --model runs/quickstart/sft --temperature 0 --json", COMPARISON}
 DRY_RUNS = {
     "finetune --config configs/training_config_h100.yaml --dry-run": "4096",
     "finetune --config configs/training_config_m4.yaml --dry-run": "2048",
@@ -142,6 +150,7 @@ def test_every_command_is_run_somewhere() -> None:
         "sft @ examples/quickstart/sft.toml --steps 24 --gpus 2 --device cpu --output-dir runs/two",
         "lacuna slurm examples/slurm.yaml",
         "lacuna status runs/quickstart",
+        *TALKS,
         *DRY_RUNS,
     }
     assert set(commands()) == tested_here | RUN_ELSEWHERE.keys()
@@ -183,6 +192,17 @@ def test_two_processes_without_a_gpu_and_the_table_of_runs(quickstart: tuple[Pat
     assert "model: runs/two/final" in printed
     table = call("lacuna status runs/quickstart", folder).splitlines()
     assert [line.split()[:2] for line in table[1:3]] == [["base", "finished"], ["sft", "finished"]]
+
+
+def test_the_quickstarts_model_answers_in_scripts_and_beside_its_base(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    (command,) = TALKS - {COMPARISON}
+    assert json.loads(call(command, folder))["text"] == "READ STRING"
+    assert "equal to the" in call(COMPARISON, folder)
+    answers = [json.loads(line) for line in (folder / "runs/answers.jsonl").read_text().splitlines()]
+    said = [row["answers"]["runs/quickstart/sft"]["text"] == row["reference"] for row in answers]
+    assert len(said) == 200
+    assert sum(said) >= 160
 
 
 def test_the_cluster_example_on_a_machine_without_slurm(quickstart: tuple[Path, str]) -> None:

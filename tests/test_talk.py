@@ -635,51 +635,59 @@ READY = re.escape("\x1b[?2004h")
 """What prompt_toolkit writes when it waits for a line: the terminal shall mark what is pasted."""
 
 
-def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
-    surroundings = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path),
-        "TERM": "xterm-256color",
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-    }
-    words = ["--temperature", "0", "--max-tokens", "400"]
-    chat = pexpect.spawn(
-        str(SCRIPTS / "chat"), words, cwd=place, env=surroundings, encoding="utf-8", dimensions=(24, 80), timeout=60
-    )
+class Terminal:
+    """`chat` on a pseudo-terminal."""
 
-    def enter(text: str, *expected: str) -> None:
-        chat.expect(READY)
-        chat.send(text)
+    def __init__(self, folder: Path, cache: Path, *words: str) -> None:
+        names = {"XDG_CACHE_HOME": str(cache), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        options: Any = {"cwd": folder, "env": {**os.environ, **names}, "encoding": "utf-8", "dimensions": (24, 80)}
+        self.chat = pexpect.spawn(str(SCRIPTS / "chat"), [*words], timeout=60, **options)
+
+    def enter(self, text: str, *expected: str) -> None:
+        """Type, once it waits for a line."""
+        self.chat.expect(READY)
+        self.chat.send(text)
         for pattern in expected:
-            chat.expect(pattern)
+            self.chat.expect(pattern)
 
-    enter("colour?\r", "amber", r"<b>", "silver", r"\d+ tokens in")
-    enter("/reset\r", "forgotten")
-    enter("\x1b[200~greet\r\nme\x1b[201~\r", "wäter für 🙂 水 winter", r"\d+ tokens in")
-    enter("/reset\r", "forgotten")
-    enter("long?\r", "stone stone")
-    chat.sendintr()
-    chat.expect("stopped")
-    enter("/sett\r", "error: /sett: no such command; did you mean 'set'")
-    enter("/set temperature -1\r", "error: /set: 'temperature'")
-    enter("/undo\r", "taken back: long")
-    enter("half a line")
-    chat.sendintr()
-    enter("colour?\r", r"\d+ tokens in")
-    enter("/set max_tokens 2\r", "max_tokens 2")
-    enter("/retry\r", "cut off after max_tokens; 2 tokens in")
-    enter("/undo\r", "taken back: colour")
-    enter("/set max_tokens 90\r", "max_tokens 90")
-    enter("\x1b[A" * 5 + "\r", "amber", r"\d+ tokens in")
-    enter(f"/save {tmp_path}/saved.jsonl\r", "saved: ")
-    enter("\x04", pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    def leave(self) -> None:
+        self.enter("\x04")
+        self.chat.expect(pexpect.EOF)
+        self.chat.close()
+        assert self.chat.exitstatus == 0
+
+
+def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
+    endless = Terminal(place, tmp_path / "other", "--model", "base", "--temperature", "0")
+    here = Terminal(place, tmp_path, "--temperature", "0")
+    here.enter("colour?\r", "amber", r"<b>", "silver", r"\d+ tokens in")
+    here.enter("/reset\r", "forgotten")
+    here.enter("\x1b[200~greet\r\nme\x1b[201~\r", "wäter für 🙂 水 winter", r"\d+ tokens in")
+    here.enter("/reset\r", "forgotten")
+    here.enter("/sett\r", "error: /sett: no such command; did you mean 'set'")
+    here.enter("/set temperature -1\r", "error: /set: 'temperature'")
+    here.enter("half a line")
+    here.chat.sendintr()
+    here.enter("colour?\r", r"\d+ tokens in")
+    here.enter("/set max_tokens 2\r", "max_tokens 2")
+    here.enter("/retry\r", "cut off after max_tokens; 2 tokens in")
+    here.enter("/undo\r", "taken back: colour")
+    here.enter("/set max_tokens 90\r", "max_tokens 90")
+    here.enter("\x1b[A" * 5 + "\r", "amber", r"\d+ tokens in")
+    here.enter(f"/save {tmp_path}/saved.jsonl\r", "saved: ")
+    here.leave()
     messages = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]
     assert messages == [*user("colour?"), {"role": "assistant", "content": CHATS["colour?"]}]
     history = tmp_path / "lacuna" / "chat_history"
     assert "+colour?" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+    endless.enter("river\r", r"\?25l")
+    time.sleep(0.2)
+    endless.chat.sendintr()
+    endless.chat.expect("stopped")
+    endless.enter("/set max_tokens 3\r", "max_tokens 3")
+    endless.enter("/retry\r", "cut off after max_tokens; 3 tokens in")
+    endless.leave()
 
 
 MARKDOWN = st.lists(

@@ -40,7 +40,7 @@ TORCH_FREE = [
     "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
-    "lacuna.cli_chat", "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session",
+    "lacuna.cli_chat", "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings",
 ]  # fmt: skip
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
@@ -181,7 +181,7 @@ def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: P
     assert "pip install 'lacuna[train]'" in message(result)
 
 
-@pytest.mark.parametrize("words", [["chat"], ["compare", ".", "./", "--prompts", "x.txt"]])
+@pytest.mark.parametrize("words", [["chat"], ["compare", ".", "runs/a", "--prompts", "x.txt"]])
 def test_talking_without_its_extra_names_the_install_command(core_only: Path, folder: Path, words: list[str]) -> None:
     (folder / "config.json").touch()
     (folder / "runs" / "a" / "final").mkdir(parents=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -22,16 +23,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pexpect.fdpexpect import fdspawn
 from rich.console import Console
 
 from conftest import SCRIPTS, Run, flags
 from fixtures import WORDS, make_model, make_tokenizer
 from forked import COMMANDS
-from lacuna.chat.answer import Settings, ask, without_oldest
+from lacuna.chat.answer import ask, without_oldest
 from lacuna.chat.find import find_model
 from lacuna.chat.local import LocalModel, Pieces, load
 from lacuna.chat.prompt import chat_tokens, fitting_tokens, plain_tokens
 from lacuna.chat.session import Session, Turn, obey
+from lacuna.chat.settings import Settings
 from lacuna.chat.terminal import Screen, blocks_of
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
@@ -636,12 +639,26 @@ READY = re.escape("\x1b[?2004h")
 
 
 class Terminal:
-    """`chat` on a pseudo-terminal."""
+    """`chat` on a pseudo-terminal: as a user starts it, or forked, which costs no second import of torch."""
 
-    def __init__(self, folder: Path, cache: Path, *words: str) -> None:
+    def __init__(self, folder: Path, cache: Path, *words: str, forked: bool = False) -> None:
         names = {"XDG_CACHE_HOME": str(cache), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        options: Any = {"cwd": folder, "env": {**os.environ, **names}, "encoding": "utf-8", "dimensions": (24, 80)}
-        self.chat = pexpect.spawn(str(SCRIPTS / "chat"), [*words], timeout=60, **options)
+        self.chat: Any
+        if not forked:
+            options: Any = {"cwd": folder, "env": {**os.environ, **names}, "dimensions": (24, 80)}
+            self.chat = pexpect.spawn(str(SCRIPTS / "chat"), [*words], timeout=60, encoding="utf-8", **options)
+            return
+        process, terminal = pty.fork()
+        if process == 0:
+            os.chdir(folder)
+            os.environ.update(names)
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv = [str(SCRIPTS / "chat"), *words]
+            try:
+                COMMANDS["chat"]()
+            finally:
+                os._exit(1)
+        self.chat = fdspawn(terminal, timeout=60, encoding="utf-8")
 
     def enter(self, text: str, *expected: str) -> None:
         """Type, once it waits for a line."""
@@ -650,15 +667,9 @@ class Terminal:
         for pattern in expected:
             self.chat.expect(pattern)
 
-    def leave(self) -> None:
-        self.enter("\x04")
-        self.chat.expect(pexpect.EOF)
-        self.chat.close()
-        assert self.chat.exitstatus == 0
-
 
 def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
-    endless = Terminal(place, tmp_path / "other", "--model", "base", "--temperature", "0")
+    endless = Terminal(place, tmp_path / "other", "--model", "base", "--temperature", "0", forked=True)
     here = Terminal(place, tmp_path, "--temperature", "0")
     here.enter("colour?\r", "amber", r"<b>", "silver", r"\d+ tokens in")
     here.enter("/reset\r", "forgotten")
@@ -667,7 +678,7 @@ def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
     here.enter("/sett\r", "error: /sett: no such command; did you mean 'set'")
     here.enter("/set temperature -1\r", "error: /set: 'temperature'")
     here.enter("half a line")
-    here.chat.sendintr()
+    here.chat.send("\x03")
     here.enter("colour?\r", r"\d+ tokens in")
     here.enter("/set max_tokens 2\r", "max_tokens 2")
     here.enter("/retry\r", "cut off after max_tokens; 2 tokens in")
@@ -675,7 +686,9 @@ def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
     here.enter("/set max_tokens 90\r", "max_tokens 90")
     here.enter("\x1b[A" * 5 + "\r", "amber", r"\d+ tokens in")
     here.enter(f"/save {tmp_path}/saved.jsonl\r", "saved: ")
-    here.leave()
+    here.enter("\x04", pexpect.EOF)
+    here.chat.close()
+    assert here.chat.exitstatus == 0
     messages = json.loads((tmp_path / "saved.jsonl").read_text())["messages"]
     assert messages == [*user("colour?"), {"role": "assistant", "content": CHATS["colour?"]}]
     history = tmp_path / "lacuna" / "chat_history"
@@ -683,11 +696,11 @@ def test_a_conversation_at_a_real_terminal(place: Path, tmp_path: Path) -> None:
     assert history.stat().st_mode & 0o077 == 0
     endless.enter("river\r", r"\?25l")
     time.sleep(0.2)
-    endless.chat.sendintr()
+    endless.chat.send("\x03")
     endless.chat.expect("stopped")
     endless.enter("/set max_tokens 3\r", "max_tokens 3")
     endless.enter("/retry\r", "cut off after max_tokens; 3 tokens in")
-    endless.leave()
+    endless.enter("/exit\r")
 
 
 MARKDOWN = st.lists(

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lacuna.chat.answer import Settings
-from lacuna.chat.find import Place, find_model
-from lacuna.chat.session import Session, check_settings
+from lacuna.chat.settings import Settings
 from lacuna.errors import ConfigError, MissingExtraError
 from lacuna.flags import FLAGS, HELP, shown
 
 if TYPE_CHECKING:
     from lacuna.chat.answer import Model
+    from lacuna.chat.find import Place
 
 
 def setting_options(**defaults: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,7 +33,7 @@ def report(text: str) -> None:
     click.echo(text, err=True)
 
 
-def load_local(place: Place) -> "Model":
+def load_local(place: "Place") -> "Model":
     from lacuna.data.hub import models_on_the_hub, stay_offline
 
     stay_offline(models_on_the_hub(place.model))
@@ -67,6 +66,9 @@ def chat(
 
     Without a terminal, each line of standard input is a prompt and a conversation of its own.
     """
+    from lacuna.chat.find import find_model
+    from lacuna.chat.session import Session, check_settings
+
     session = Session(check_settings({**settings}, FLAGS), system)
     if base_url is None and api_key_env is not None:
         raise ConfigError("--api-key-env is for an endpoint: name it by --base-url")
@@ -103,6 +105,9 @@ def compare(models: tuple[str, ...], prompts: str, output: str | None, verbose: 
 
     A model is whatever `chat --model` takes. Answers that the prompts' file has are shown as the reference.
     """
+    from lacuna.chat.find import find_model
+    from lacuna.chat.session import check_settings
+
     drawn = check_settings({**settings}, FLAGS)
     places = [find_model(model) for model in models]
     names = [place.name for place in places]

@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from lacuna.chat.settings import Settings
 from lacuna.data.formats import Message
 
 Say = Callable[[str], None]
@@ -18,21 +17,6 @@ CUT_OFF = {
     "context": "cut off where the context is full",
     "interrupted": "stopped",
 }
-
-
-class Settings(BaseModel):
-    """How answers are drawn."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    temperature: Annotated[float, Field(ge=0, le=10)] = 0.7
-    """0 takes the likeliest token every time."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw among the likeliest tokens that make up this share."""
-    max_tokens: Annotated[int, Field(gt=0)] = 512
-    """Longest answer, in tokens."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """The same seed gives the same answer to the same conversation."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lacuna.chat.answer import Answer, Settings, ask
+from lacuna.chat.answer import Answer, ask
 from lacuna.chat.find import Place
 from lacuna.chat.local import Report, free_memory, load
+from lacuna.chat.settings import Settings
 from lacuna.chat.terminal import VISIBLE, prompts_of
 from lacuna.data.formats import SHOWN_PROBLEMS, Broken, Conversation, Message, Row, read_file
 from lacuna.data.schemas import detect_schema, to_examples

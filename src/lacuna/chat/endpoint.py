@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 
-from lacuna.chat.answer import Answer, End, Say, Settings, without_oldest
+from lacuna.chat.answer import Answer, End, Say, without_oldest
+from lacuna.chat.settings import Settings
 from lacuna.config.files import did_you_mean
 from lacuna.data.formats import Message
 from lacuna.errors import ConfigError, ModelError

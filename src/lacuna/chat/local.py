@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lacuna.chat.answer import Answer, End, Say, Settings
+from lacuna.chat.answer import Answer, End, Say
 from lacuna.chat.find import Place
 from lacuna.chat.prompt import check_room, fitting_tokens, plain_tokens
+from lacuna.chat.settings import Settings
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import SFTConfig, TrainingConfig

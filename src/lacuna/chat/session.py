@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lacuna.chat.answer import Settings
+from lacuna.chat.settings import Settings
 from lacuna.config.files import Layer, check, did_you_mean
 from lacuna.data.formats import Broken, Message, read_file
 from lacuna.data.schemas import detect_schema, to_examples

@@ -17,8 +17,9 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
-from lacuna.chat.answer import Answer, Model, Settings, ask
+from lacuna.chat.answer import Answer, Model, ask
 from lacuna.chat.session import Session, Step, Turn, obey
+from lacuna.chat.settings import Settings
 from lacuna.data.formats import Message
 from lacuna.errors import DataError, LacunaError
 

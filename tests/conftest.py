@@ -22,7 +22,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 SCRIPTS = Path(sys.executable).parent
 
 
-LONGEST = ("docs", "processes", "slurm", "finetune", "hub", "training", "benchmarks", "torchtune", "refusals")
+LONGEST = ("docs", "processes", "slurm", "finetune", "hub", "training", "talk", "benchmarks", "torchtune", "refusals")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

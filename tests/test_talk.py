@@ -310,8 +310,24 @@ def test_it_says_what_it_was_taught_and_stops(model: LocalModel) -> None:
         answer = ask(model, user(asked), replace_settings(max_tokens=200), 0, nothing)
         assert answer.text == said or asked == "long?"
         assert answer.end == "stop" or asked == "long?"
-    base = load(replace(find_model(str(model.name)), name="base"), nothing)
-    assert set(base.causal_lm.generation_config.eos_token_id) == {0, 2}  # type: ignore[arg-type]
+    assert set(model.stops) == {0, 2}
+
+
+def test_a_template_without_an_end_of_turn_is_told(tmp_path: Path) -> None:
+    """And a model without an end of sequence can still be talked to."""
+    folder = make_model(tmp_path / "endless")
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, "eos_token_id": None}))
+    said: list[str] = []
+    model = load(find_model(str(folder)), said.append)
+    assert said == ["its chat template writes no end of turn: answers go on to the end of sequence, or to max_tokens"]
+    assert model.stops == []
+    assert ask(model, user("river"), replace_settings(max_tokens=3), 0, nothing).answer_tokens == 3
 
 
 @settings(max_examples=200, deadline=None)

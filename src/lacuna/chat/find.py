@@ -55,7 +55,8 @@ def _find(name: str) -> Place:
         return Place(name, name)
     if (folder / "adapter_config.json").is_file():
         base, revision = _base_of(folder)
-        return Place(str(folder), base, revision, adapter=folder, run=_run_of(folder.parent))
+        run = _run_of(folder.parent) if folder.name == "final" else None
+        return Place(str(folder), base, revision, adapter=folder, run=run)
     if (folder / "config.json").is_file():
         return Place(str(folder), str(folder))
     if (folder / "state.json").is_file():

@@ -41,6 +41,8 @@ class LocalModel:
     causal_lm: PreTrainedModel
     renderer: Renderer
     execution: Execution
+    stops: Sequence[int]
+    """The tokens that end an answer."""
 
     @property
     def is_chat(self) -> bool:
@@ -56,8 +58,7 @@ class LocalModel:
         """Drawn from the seed. Raises ModelError where there is no room for an answer, or no place for a message."""
         tokens, left_out = self.prompt(messages, settings.max_tokens)
         room = settings.max_tokens if self.context is None else min(settings.max_tokens, self.context - len(tokens))
-        stops: list[int] = self.causal_lm.generation_config.eos_token_id
-        pieces = Pieces(self.renderer.tokenizer, stops, say)
+        pieces = Pieces(self.renderer.tokenizer, self.stops, say)
         is_greedy = settings.temperature == 0
         drawn = {} if is_greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         ids = torch.tensor([tokens], device=self.causal_lm.device)
@@ -147,12 +148,16 @@ def load(place: Place, report: Report) -> LocalModel:
     renderer = Renderer(tokenizer)
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
-        stop = renderer.stop_token
+        try:
+            stop = renderer.stop_token
+        except ModelError:
+            report("its chat template writes no end of turn: answers go on to the end of sequence, or to max_tokens")
     if stop is not None:
         stop_at_end_of_turn(causal_lm, tokenizer, stop)
     ends = causal_lm.generation_config.eos_token_id
-    causal_lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    return LocalModel(place.name, causal_lm.eval(), renderer, execution)
+    stops = [ends] if isinstance(ends, int) else list(ends or [])
+    causal_lm.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=tokenizer.pad_token_id)
+    return LocalModel(place.name, causal_lm.eval(), renderer, execution, stops)
 
 
 def _of_folder(place: Place, report: Report) -> tuple[Any, Any, Execution]:
@@ -161,11 +166,7 @@ def _of_folder(place: Place, report: Report) -> tuple[Any, Any, Execution]:
         model_name=place.model, model_revision=place.revision, dataset=UNUSED, output_dir=UNUSED, steps=1, compile=False
     )
     execution = resolve_execution(config, choose_device("auto"), report)
-    run = (
-        load_trainer_config([str(place.run / "config.toml")])
-        if place.adapter is not None and place.run is not None
-        else None
-    )
+    run = load_trainer_config([str(place.run / "config.toml")]) if place.run is not None else None
     has_tokenizer = place.adapter is not None and (place.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(place.adapter) if has_tokenizer else load_tokenizer(config)
     if isinstance(run, FinetuneConfig) and run.training.method == "qlora":

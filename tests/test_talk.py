@@ -560,7 +560,7 @@ def test_a_real_endpoint_says_what_the_model_says_here(talk: Talk, endpoint: str
 def test_an_endpoint_that_is_not_there_or_has_no_such_model_is_told(talk: Talk, endpoint: str, place: Path) -> None:
     down = talk("x\n", "--base-url", "http://localhost:9/v1", "--model", "m")
     assert down.code == 2
-    assert "http://localhost:9/v1: no endpoint answers there; is it running? ([Errno 111]" in down.err
+    assert "http://localhost:9/v1: no endpoint answers there, or it broke off; is it running? ([Errno 111]" in down.err
     other = talk("x\n", "--base-url", endpoint, "--model", "no/such")
     assert other.code == 2
     assert f"{endpoint}: the endpoint refused (status 400)" in other.err
@@ -589,9 +589,13 @@ class Service(BaseHTTPRequestHandler):
             self.send(400, {"error": {"message": "This model's maximum context length is 10 tokens."}})
         else:
             choice = {"index": 0, "delta": {"content": "half"}, "finish_reason": None}
-            chunks = [choice] if request["model"] == "broken" else [choice, {**choice, "finish_reason": "stop"}]
+            chunks = (
+                [choice] if request["model"] in ("broken", "cut") else [choice, {**choice, "finish_reason": "stop"}]
+            )
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
+            if request["model"] == "cut":
+                self.send_header("Content-Length", "1000000")
             self.end_headers()
             for number, one in enumerate(chunks):
                 chunk = {"id": str(number), "object": "chat.completion.chunk", "created": 0, "choices": [one]}
@@ -627,9 +631,10 @@ def test_a_service_gets_the_key_and_nobody_else_sees_it(talk: Talk, monkeypatch:
         assert "Bearer none" in talk("x\n", "--base-url", url, "--model", "locked").err
         missing = talk("x\n", "--base-url", url, "--model", "smal")
         assert "no model 'smal', or nothing under this URL; did you mean 'small'?; it has small" in missing.err
-        broken = talk("x\n", "--base-url", url, "--model", "broken")
-        assert broken.code == 2
-        assert f"{url}: the endpoint broke off" in broken.err
+        for name in ("broken", "cut"):
+            broken = talk("x\n", "--base-url", url, "--model", name)
+            assert broken.code == 2, name
+            assert "broke off" in broken.err
 
 
 def test_what_a_service_has_no_room_for_is_left_out() -> None:

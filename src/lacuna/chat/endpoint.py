@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import openai
 
 from lacuna.chat.answer import Answer, End, Say, without_oldest
@@ -45,7 +44,7 @@ class Endpoint:
                 if shorter is None or "context" not in str(error).lower():
                     raise self._refused(error) from None
                 kept = shorter
-            except (openai.APIError, httpx.HTTPError) as error:
+            except openai.APIError as error:
                 raise self._refused(error) from None
 
     def _answer(self, messages: list[Message], settings: Settings, seed: int, say: Say, left_out: int) -> Answer:
@@ -67,7 +66,7 @@ class Endpoint:
             return Answer(text, why, None, None, left_out)
         return Answer(text, why, usage.prompt_tokens, usage.completion_tokens, left_out)
 
-    def _refused(self, error: openai.APIError | httpx.HTTPError) -> ModelError:
+    def _refused(self, error: openai.APIError) -> ModelError:
         """In a sentence. A service's words may hold the key, which must not be shown."""
         said = error.response.text if isinstance(error, openai.APIStatusError) else str(error.__cause__ or error)
         said = " ".join(said.replace(self.key, "…" if self.key != NO_KEY else NO_KEY).split())[:LONGEST]
@@ -75,7 +74,7 @@ class Endpoint:
             case openai.APITimeoutError():
                 why = "the endpoint does not answer in time"
             case openai.APIConnectionError():
-                why = "no endpoint answers there; is it running?"
+                why = "no endpoint answers there, or it broke off; is it running?"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 why = "the key is missing or refused; --api-key-env names the variable that holds it"
             case openai.NotFoundError():

@@ -23,17 +23,9 @@ SCRIPTS = Path(sys.executable).parent
 
 
 LONGEST = (
-    "docs",
-    "processes",
-    "slurm",
-    "finetune",
-    "hub",
-    "training",
-    "benchmarks",
-    "torchtune",
-    "run_folder",
-    "refusals",
-)
+    "docs", "run", "talk", "processes", "slurm", "finetune", "hub", "training", "benchmarks", "run_folder", "examples",
+    "report_page", "torchtune", "refusals",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

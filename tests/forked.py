@@ -13,6 +13,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "pretrain": cli.main_pretrain,
     "sft": cli.main_sft,
     "finetune": cli.main_finetune,
+    "chat": cli.main_chat,
 }
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["lacuna.train.start", "lacuna.finetune.start"])

@@ -50,6 +50,7 @@ TORCH_FREE = [
     "lacuna.reports.notes", "lacuna.reports.page", "lacuna.reports.results", "lacuna.reports.statistics",
     "lacuna.reports.table", "lacuna.reports.verdict",
     "lacuna.reports.curves", "lacuna.reports.numbers",
+    "lacuna.cli_chat", "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings",
 ]  # fmt: skip
 NOT_TORCH_FREE = {"plan/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
@@ -172,12 +173,14 @@ def test_the_list_of_the_torch_free_half_is_complete() -> None:
     assert found <= set(TORCH_FREE)
 
 
-def in_core_only(packages: Path, command: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def in_core_only(
+    packages: Path, command: str, *words: str | Path, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     code = f"import sys, lacuna.cli as cli\nsys.argv[0] = '{command}'\n"
     code += {"lacuna": "cli.main()", "sft": "cli.main_sft()", "pretrain": "cli.main_pretrain()"}[command]
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     arguments = [sys.executable, "-S", "-c", code, *map(str, words)]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def test_explain_works_where_only_the_core_is_installed(core_only: Path, folder: Path) -> None:
@@ -204,6 +207,16 @@ def test_a_look_at_data_without_its_extra_names_the_install_command(core_only: P
 def test_a_report_without_its_extra_names_the_install_command(core_only: Path, folder: Path) -> None:
     result = in_core_only(core_only, "lacuna", "report", folder)
     assert "this command needs 'scipy', which is not installed: pip install 'lacuna[report]'" in message(result)
+
+
+@pytest.mark.parametrize("words", [["chat"], ["compare", ".", "runs/a", "--prompts", "x.txt"]])
+def test_talking_without_its_extra_names_the_install_command(core_only: Path, folder: Path, words: list[str]) -> None:
+    (folder / "config.json").touch()
+    (folder / "runs" / "a" / "final").mkdir(parents=True)
+    (folder / "runs" / "a" / "status.json").write_text('{"state": "finished"}')
+    (folder / "runs" / "a" / "final" / "config.json").touch()
+    result = in_core_only(core_only, "lacuna", *words, cwd=folder)
+    assert "pip install 'lacuna[chat]'" in message(result)
 
 
 def test_parquet_without_its_extra_names_the_install_command(core_only: Path) -> None:

@@ -37,7 +37,6 @@ RUN_ELSEWHERE = {
     "torchrun --nproc-per-node 8 -m lacuna sft @ configs/sft_qwen.toml": "the same",
     "lacuna report configs": "test_report.py, as the next one",
     "lacuna report configs --metric accuracy --html report.html --csv runs.csv": "the same",
-    "lacuna replay runs/quickstart/sft --output sft_again.toml": "test_run_folder.py, with a tiny model",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
     "make torchtune": "make test begins with it",
@@ -57,9 +56,25 @@ RUN_ELSEWHERE = {
     "finetune --config auto": "test_presets.py",
     "scripts/setup_local.sh": "test_doctor.py",
     "conda env create --file environment-remote.yml && conda activate lacuna && lacuna doctor": "test_doctor.py",
+    "chat": "test_talk.py, as the next three",
+    "chat --model runs/quickstart/run_003": "the same",
+    "chat --model runs/quickstart/run_003 --temperature 0": "the same",
+    "chat --base-url http://localhost:8000/v1 --model runs/quickstart/run_003/final": "the same",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }
+COMPARISON = (
+    "lacuna compare runs/quickstart/base runs/quickstart/run_003 --prompts runs/quickstart/data/held_out.jsonl "
+    "--output runs/answers.jsonl"
+)
+TALKS = {"echo 'upper: read string' | chat --model runs/quickstart/run_003 --temperature 0 --json", COMPARISON}
+OF_AN_EXPERIMENT = (
+    "lacuna generate examples/quickstart/experiment.yaml --output runs/quickstart/configs",
+    "lacuna run runs/quickstart/configs --jobs 2",
+    "lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html",
+    "lacuna replay runs/quickstart/run_003",
+    "lacuna replay runs/quickstart/run_003 --output again.yaml",
+)
 DRY_RUNS = {
     "finetune --config configs/training_config_h100.yaml --dry-run": "4096",
     "finetune --config configs/training_config_m4.yaml --dry-run": "2048",
@@ -137,6 +152,22 @@ def test_the_quickstart_learns_what_the_readme_shows(quickstart: tuple[Path, str
     assert "held_out_accuracy" in (runs / "report.html").read_text()
 
 
+def with_one_seed(command: str) -> str:
+    """The first run of the better arm has another number where there is one seed."""
+    return command.replace("run_003", "run_001")
+
+
+def test_the_experiment_of_the_readme_is_done(quickstart: tuple[Path, str]) -> None:
+    """Generated again it is the same, so that there is nothing to run; the report and the config are there again."""
+    folder, _ = quickstart
+    printed = [call(with_one_seed(command), folder) for command in OF_AN_EXPERIMENT]
+    assert "Generated 2 configs in runs/quickstart/configs/" in printed[0]
+    assert "already finished: 2 of 2 runs" in printed[1]
+    assert "no winner can be named" in " ".join(printed[2].split())
+    config = (folder / "runs" / "quickstart" / "configs" / "run_001.yaml").read_text()
+    assert printed[3] == config == (folder / "again.yaml").read_text()
+
+
 def test_the_quickstart_can_be_run_again(quickstart: tuple[Path, str]) -> None:
     """Prepared again, the data are the same bytes, so that there is nothing to train."""
     words = "python examples/quickstart/prepare.py && pretrain @ examples/quickstart/pretrain.toml"
@@ -159,6 +190,8 @@ def test_every_command_is_run_somewhere() -> None:
         "sft @ examples/quickstart/sft.toml --steps 24 --gpus 2 --device cpu --output-dir runs/two",
         "lacuna slurm examples/slurm.yaml",
         "lacuna status runs/quickstart",
+        *OF_AN_EXPERIMENT,
+        *TALKS,
         *DRY_RUNS,
     }
     assert set(commands()) == tested_here | RUN_ELSEWHERE.keys()
@@ -200,6 +233,17 @@ def test_two_processes_without_a_gpu_and_the_table_of_runs(quickstart: tuple[Pat
     assert "model: runs/two/final" in printed
     table = call("lacuna status runs/quickstart", folder).splitlines()
     assert [line.split()[:2] for line in table[1:4]] == [[run, "finished"] for run in ("base", "run_000", "run_001")]
+
+
+def test_the_quickstarts_model_answers_in_scripts_and_beside_its_base(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    (command,) = TALKS - {COMPARISON}
+    assert json.loads(call(with_one_seed(command), folder))["text"] == "READ STRING"
+    assert "equal to the" in call(with_one_seed(COMPARISON), folder)
+    answers = [json.loads(line) for line in (folder / "runs/answers.jsonl").read_text().splitlines()]
+    said = [row["answers"]["runs/quickstart/run_001"]["text"] == row["reference"] for row in answers]
+    assert len(said) == 200
+    assert sum(said) >= 160
 
 
 def test_the_cluster_example_on_a_machine_without_slurm(quickstart: tuple[Path, str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lacuna import __version__, cli_experiment, cli_plan, cli_platform, cli_replay, cli_report, cli_run
+from lacuna import __version__, cli_chat, cli_experiment, cli_plan, cli_platform, cli_replay, cli_report, cli_run
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
@@ -265,6 +265,8 @@ def _origin(name: str, origins: Mapping[str, Layer]) -> str:
 
 
 for around in (
+    cli_chat.chat,
+    cli_chat.compare,
     cli_plan.plan,
     cli_experiment.generate,
     cli_experiment.recipes,
@@ -316,3 +318,7 @@ def main_sft() -> None:
 
 def main_finetune() -> None:
     run(finetune)
+
+
+def main_chat() -> None:
+    run(cli_chat.chat)

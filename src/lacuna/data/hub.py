@@ -6,7 +6,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,18 @@ ENDPOINT = "https://huggingface.co"
 
 
 def stay_offline_if_unreachable(config: TrainingConfig) -> None:
-    """Where the hub does not answer, let the client libraries use only what they downloaded before, and say so.
+    """As stay_offline, for the model and the data of a config."""
+    if not os.environ.get("HF_HUB_OFFLINE"):
+        stay_offline(_names_on_the_hub(config))
+
+
+def stay_offline(names: Sequence[str]) -> None:
+    """Where names are on the hub and it does not answer, let the client libraries use only what they downloaded before,
+    and say so.
 
     Left alone they retry for minutes. They read HF_HUB_OFFLINE when they are imported: call this first.
     """
-    if os.environ.get("HF_HUB_OFFLINE") or not _names_on_the_hub(config):
+    if os.environ.get("HF_HUB_OFFLINE") or not names:
         return
     if reason := unreachable():
         endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
@@ -50,14 +57,19 @@ def unreachable() -> str | None:
 
 
 def _names_on_the_hub(config: TrainingConfig) -> list[str]:
-    is_name = re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", config.model_name)
-    names = [config.model_name] if is_name and not Path(config.model_name).is_dir() else []
+    names = models_on_the_hub(config.model_name)
     for dataset in filter(None, (config.dataset, config.validation_dataset)):
         try:
             names += [dataset] if find_files(dataset) is None else []
         except DataError:
             continue
     return names
+
+
+def models_on_the_hub(name: str) -> list[str]:
+    """The name, where it is none of a folder."""
+    is_name = re.fullmatch(r"[\w\-][\w.\-]*(/[\w.\-]+)?", name)
+    return [name] if is_name and not Path(name).is_dir() else []
 
 
 def hub_beginning(config: TrainingConfig, name: str, state: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lacuna.config.files import did_you_mean
 from lacuna.config.finetune import FinetuneConfig, TrainingSection
-from lacuna.config.training import SFTConfig
+from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.platform.detect import Device
@@ -63,7 +63,7 @@ def check_quantisation(config: FinetuneConfig, device: Device) -> None:
 
 
 def load_frozen(
-    config: FinetuneConfig, flat: SFTConfig, execution: Execution, tokenizer: PreTrainedTokenizerBase
+    config: FinetuneConfig, flat: TrainingConfig, execution: Execution, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The model whose weights will not move, quantised for qlora, on the device. Raises ModelError."""
     settings: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": execution.attention}

@@ -58,7 +58,7 @@ RUN_ELSEWHERE = {
 }
 COMPARISON = (
     "lacuna compare runs/quickstart/base runs/quickstart/sft --prompts runs/quickstart/data/held_out.jsonl "
-    "--output runs/answers.jsonl"
+    "--max-tokens 24 --output runs/answers.jsonl"
 )
 TALKS = {"echo 'upper: read string' | chat --model runs/quickstart/sft --temperature 0 --json", COMPARISON}
 DRY_RUNS = {

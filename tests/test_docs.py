@@ -65,7 +65,7 @@ RUN_ELSEWHERE = {
 }
 COMPARISON = (
     "lacuna compare runs/quickstart/base runs/quickstart/run_003 --prompts runs/quickstart/data/held_out.jsonl "
-    "--output runs/answers.jsonl"
+    "--max-tokens 24 --output runs/answers.jsonl"
 )
 TALKS = {"echo 'upper: read string' | chat --model runs/quickstart/run_003 --temperature 0 --json", COMPARISON}
 OF_AN_EXPERIMENT = (

@@ -67,7 +67,8 @@ def test_an_example_worked_by_hand(tmp_path: Path, run: Run) -> None:
     printed = run("lacuna", "report", tmp_path / "configs" / "run_mapping.yaml").output
     for words in (
         "question: [red]Which rate? :smile:",
-        "learning_rate=0.001 has the lowest validation_loss: 1.2 on average, apart from the other arm over 3 seeds",
+        "learning_rate=0.001 has the lowest validation_loss: 1.2 on average, clearly better than the other arm "
+        "over 3 seeds",
         "A learning_rate=0.001 1.2 [0.7032, 1.697] 3/3",
         "B − A 0.5 [0.2516, 0.7484] 0.013 yes",
         "005 B: 0.002 3 finished 1.8 100",
@@ -165,7 +166,7 @@ def test_an_arm_that_never_finished_leaves_no_winner(tmp_path: Path) -> None:
     assert made.winner is None
     assert made.verdict == (
         "no winner: learning_rate=1.0: fewer than two finished seeds; "
-        f"of the others, {LOW} is the best, apart from each"
+        f"of the others, {LOW} is the best, clearly better than each"
     )
 
 

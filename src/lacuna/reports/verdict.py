@@ -49,7 +49,7 @@ def judge(
     if few:
         apart = ""
         if 1 < len(there) < len(arms) and not names:
-            apart = f"; of the others, {comparisons[0].best} is the best, apart from each"
+            apart = f"; of the others, {comparisons[0].best} is the best, clearly better than each"
         return Verdict(None, f"no winner: {some(few)}: fewer than two finished seeds{apart}")
     if not any(seeds_matter(list(arm.by_seed.values())) for arm in arms):
         return Verdict(
@@ -64,7 +64,7 @@ def judge(
         pairs = sorted({comparison.difference.count for comparison in comparisons})
         return Verdict(
             best,
-            f"{best} has the {goal} {metric}: {mean:.4g} on average, apart from {others} over "
+            f"{best} has the {goal} {metric}: {mean:.4g} on average, clearly better than {others} over "
             f"{counted(pairs[0], 'seed')} ({CONFIDENCE:.0%} confidence over all comparisons)",
         )
     unclear = [comparison for comparison in comparisons if comparison.other in names]

@@ -401,7 +401,7 @@ def test_time_that_is_left() -> None:
 
 def planned(tmp_path: Path, count: int) -> list[Planned]:
     return [
-        Planned(number, f"run_{number:03d}", f"rank={number}", 1, tmp_path / f"run_{number:03d}", tmp_path, "sft")
+        Planned(number, f"run_{number:03d}", f"rank={number}", 1, tmp_path / f"run_{number:03d}", tmp_path, "sft", {})
         for number in range(count)
     ]
 

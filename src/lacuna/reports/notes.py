@@ -30,7 +30,7 @@ def notes_of(
     if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
         yield f"{counted(len(foreign), 'folder')} with a run of other settings, which counts nowhere: {some(foreign)}"
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
-        yield f"{counted(len(lost), 'finished run')} without a finite {metric}, not counted: {some(lost, ', ')}"
+        yield f"{counted(len(lost), 'finished run')} without a number for {metric}, not counted: {some(lost, ', ')}"
     if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:
         yield "not all arms have the same finished seeds: arms are compared over the seeds that both have"
     for budget in BUDGETS:
@@ -52,7 +52,15 @@ def notes_of(
 
 
 def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What differs between the machines that runs were made on."""
+    """What differs between the machines that runs were made on, and what changed on them between two runs."""
+    inputs: dict[str, set[str]] = {}
+    for name, value in (pair for one in facts for pair in _inputs(one)):
+        inputs.setdefault(name, set()).update([value] if value is not None else [])
+    if changed := [name for name, values in inputs.items() if len(values) > 1]:
+        yield f"not all runs were made from the same files: {some(changed)} changed between two runs"
+    commits = {(one["git"].get("commit"), one["git"].get("diff_sha256")) for one in facts if one.get("git")}
+    if len(commits) > 1:
+        yield f"runs were made at {len(commits)} different states of the git repository that they were started in"
     devices = sorted({str(one["device"]) for one in facts if one.get("device")})
     if len(devices) > 1:
         yield f"runs were made on different devices: {', '.join(devices)}"
@@ -61,6 +69,14 @@ def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         versions = sorted({str(one.get(name, "none")) for one in packages})
         if len(versions) > 1:
             yield f"runs were made with different versions of {name}: {', '.join(versions)}"
+
+
+def _inputs(facts: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Each input of a run by its name, with the hash of what is in it."""
+    for entry in facts.get("data_files") or []:
+        yield str(entry.get("path", entry.get("hub"))), entry.get("sha256") or entry.get("commit")
+    for name, value in (("model", "weights_fingerprint"), ("tokenizer", "tokenizer_sha256")):
+        yield f"{name} {facts.get(name)}", facts.get(value)
 
 
 def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:

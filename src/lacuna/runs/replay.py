@@ -24,6 +24,8 @@ COMPARED = (
     "model_commit", "weights_fingerprint", "parent_run",
 )  # fmt: skip
 
+NEEDED = ("trainer", "command", "experiment", "config_files", "device", "tokenizer", "packages", "git", "data_files")
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -41,7 +43,7 @@ class Replay:
 
 
 def replay(run: str | Path) -> Replay:
-    """Raises RunError: no run, one without provenance, or its config was edited since it started."""
+    """Raises RunError: no run, one without its provenance, or its config was edited since it started."""
     folder = Path(run)
     kept = next((file for name in ("config.toml", "config.yaml") if (file := folder / name).is_file()), None)
     if kept is None:
@@ -49,6 +51,8 @@ def replay(run: str | Path) -> Replay:
     start: dict[str, Any] = (starts_of(folder) or [{}])[-1]
     if start.get("config_sha256") is None:
         raise RunError(f"{folder / 'provenance.json'}: holds no hash of the config, so nothing proves it is the run's")
+    if missing := [name for name in NEEDED if name not in start]:
+        raise RunError(f"{folder / 'provenance.json'}: says nothing of {', '.join(missing)}: it cannot be compared")
     content = kept.read_bytes()
     if hashlib.sha256(content).hexdigest() != start["config_sha256"]:
         raise RunError(f"{kept}: was edited since the run started: its SHA-256 is not {start['config_sha256']}")

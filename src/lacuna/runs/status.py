@@ -99,6 +99,8 @@ def _row(
     active = queue.jobs.get(job or "")
     active = None if active is not None and active.is_over else active
     folder = str(place.folder) if place.folder is not None else None
+    if status is None and place.folder is not None and (place.folder / "status.json").exists():
+        return Row(place.run, folder, "died", job=job, reason="status.json cannot be read; starting the run mends it")
     if status is None:
         state, reason = _unstarted(place, queue.time, active, past.get(job or ""))
         return Row(place.run, folder, state, job=job, reason=reason)

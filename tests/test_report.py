@@ -209,7 +209,7 @@ def test_settings_that_vary_tell_runs_apart_also_where_a_resumed_run_may_change_
     assert runs[0].reason.endswith("has other settings (save_every was 25, now 50)")
     mapping = read_mapping(tmp_path / "configs")
     with pytest.raises(ConfigError, match=r"run_001: .* has other settings .save_every was 50, now 25.: move"):
-        plan(mapping, range(2), tmp_path)
+        plan(mapping, range(2))
 
 
 def test_the_final_value_is_of_the_weights_that_the_run_was_told_to_keep(tmp_path: Path) -> None:
@@ -246,6 +246,41 @@ def test_inputs_that_changed_between_two_runs_are_said(tmp_path: Path) -> None:
         "not all runs were made from the same files: data.jsonl; model tiny changed between two runs",
         "runs were made at 2 different states of the git repository that they were started in",
     )
+
+
+@pytest.mark.parametrize(
+    ("variables", "facts", "note"),
+    [
+        ({"validation_share": [0.1, 0.2]}, [{}, {}], "runs have their validation_loss from different data, so it"),
+        (
+            RATES,
+            [{"tokenizer_sha256": "a"}, {"tokenizer_sha256": "b"}],
+            "runs have different tokenizers: validation_loss",
+        ),
+        (
+            {"dataset": ["a.jsonl", "b.jsonl"]},
+            [{"data_files": [{"use": "training", "path": name, "sha256": name}]} for name in "ab"],
+            "runs have their validation_loss from different data, so it",
+        ),
+        (
+            {"dataset": ["a.jsonl", "b.jsonl"]},
+            [
+                {"data_files": [{"use": "training", "path": name}, {"use": "validation", "path": "v", "sha256": "v"}]}
+                for name in "ab"
+            ],
+            None,
+        ),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_said(
+    tmp_path: Path, variables: Any, facts: list[dict[str, Any]], note: str | None
+) -> None:
+    for entry, more in zip(write_experiment(tmp_path, variables=variables), facts, strict=True):
+        run = write_run(tmp_path, entry, validated(1.0), facts=more)
+        write_json(run / "evaluation.json", {"accuracy": 0.5})
+    notes = lacuna.report(tmp_path / "configs").notes
+    assert "different data" not in "".join(notes) if note is None else notes[0].startswith(note)
+    assert not any("different data" in found for found in lacuna.report(tmp_path / "configs", "accuracy").notes)
 
 
 DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"starts": [5]}', b'{"starts": null}', b'{"starts": [{"devices": "x"}]}']

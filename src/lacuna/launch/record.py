@@ -16,7 +16,7 @@ class Submission:
     """A job of SLURM's. sha256: of the mapping or config. Task k of an array is run offset + k.
 
     tasks: of the array, as SLURM writes them (`0-3,7`).
-    directory: where its runs start. time: of the submission, in seconds since 1970.
+    time: of the submission, in seconds since 1970.
     """
 
     job: str
@@ -24,7 +24,6 @@ class Submission:
     sha256: str
     offset: int
     tasks: str
-    directory: str
     script: str
     logs: str
     time: float

@@ -43,8 +43,8 @@ def choose(mapping: RunMapping, only: Iterable[str]) -> list[int]:
     return [index for index, id in enumerate(ids) if not wanted or id in wanted]
 
 
-def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[list[Planned], list[Planned]]:
-    """The runs to start, and those that are finished. directory: where they start.
+def plan(mapping: RunMapping, indices: Iterable[int]) -> tuple[list[Planned], list[Planned]]:
+    """The runs to start, and those that are finished.
 
     Raises ConfigError with every run that cannot be: its config was changed, or its folder holds something else.
     """
@@ -53,7 +53,7 @@ def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[
     problems = []
     for index in indices:
         try:
-            run = _planned(mapping, index, directory)
+            run = _planned(mapping, index)
             (finished if is_finished(run) else missing).append(run)
         except LacunaError as error:
             problems += [f"{mapping.places[index][0]}: {problem}" for problem in error.problems]
@@ -62,7 +62,7 @@ def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[
     return missing, finished
 
 
-def _planned(mapping: RunMapping, index: int, directory: Path) -> Planned:
+def _planned(mapping: RunMapping, index: int) -> Planned:
     entry = mapping.entry(index)
     config = mapping.file.with_name(entry["config"])
     try:
@@ -71,10 +71,9 @@ def _planned(mapping: RunMapping, index: int, directory: Path) -> Planned:
         raise ConfigError(f"{config}: cannot be read: {error.strerror}") from None
     if found != entry["sha256"]:
         raise ConfigError(f"{config}: was changed since it was generated: generate it again")
-    if entry["output_dir"] is None:
+    if (folder := mapping.folder(index)) is None:
         raise ConfigError("it has no output_dir, by which it could be known again: give the experiment one")
     varies = ", ".join(f"{name}={shown(value)}" for name, value in entry["params"].items())
-    folder = directory / Path(entry["output_dir"]).expanduser()
     return Planned(index, entry["id"], varies, entry["seed"], folder, config, mapping.head["trainer"], entry["params"])
 
 

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from lacuna.flags import shown
+from lacuna.reports.metric import VALIDATION
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
@@ -29,6 +30,7 @@ def notes_of(
     """A sentence each."""
     if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
         yield f"{counted(len(foreign), 'folder')} with a run of other settings, which counts nowhere: {some(foreign)}"
+    yield from _incomparable([run for run in runs if metric in run.metrics], metric)
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
         yield f"{counted(len(lost), 'finished run')} without a number for {metric}, not counted: {some(lost, ', ')}"
     if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:
@@ -49,6 +51,24 @@ def notes_of(
                 "settings have not finished with every other value"
             )
     yield from _surroundings([run.facts for run in runs if run.metrics])
+
+
+def _incomparable(runs: Sequence[RunResult], metric: str) -> Iterator[str]:
+    """Losses are per token of the data that they are measured on."""
+    if not metric.endswith(("loss", "perplexity")):
+        return
+    if len({run.facts.get("tokenizer_sha256") for run in runs} - {None}) > 1:
+        yield f"runs have different tokenizers: {metric} is per token, and tells nothing of which run is better"
+    elif len({_measured_on(run, metric) for run in runs}) > 1:
+        yield f"runs have their {metric} from different data, so it tells little of which run is better"
+
+
+def _measured_on(run: RunResult, metric: str) -> tuple[str, ...]:
+    """The data of a run's metric: hashes of its files, and the share of them that was kept for validation."""
+    entries = run.facts.get("data_files") or []
+    own = [entry for entry in entries if entry.get("use") == "validation"] if metric == VALIDATION else []
+    shares = [f"{name}={value}" for name, value in run.settings.items() if name.endswith("validation_share")]
+    return (*(known or name for name, known in map(_input, own or entries)), *shares)
 
 
 def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -73,10 +93,13 @@ def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _inputs(facts: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     """Each input of a run by its name, with the hash of what is in it."""
-    for entry in facts.get("data_files") or []:
-        yield str(entry.get("path", entry.get("hub"))), entry.get("sha256") or entry.get("commit")
+    yield from map(_input, facts.get("data_files") or [])
     for name, value in (("model", "weights_fingerprint"), ("tokenizer", "tokenizer_sha256")):
         yield f"{name} {facts.get(name)}", facts.get(value)
+
+
+def _input(entry: Mapping[str, Any]) -> tuple[str, str | None]:
+    return str(entry.get("path", entry.get("hub"))), entry.get("sha256") or entry.get("commit")
 
 
 def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:

@@ -239,12 +239,13 @@ def test_inputs_that_changed_between_two_runs_are_said(tmp_path: Path) -> None:
         facts = {
             "data_files": [{"path": "data.jsonl", "sha256": state}, {"path": "same.jsonl", "sha256": "s"}],
             "model": "tiny", "weights_fingerprint": state, "tokenizer": "tiny", "tokenizer_sha256": "t",
-            "git": {"commit": "c", "diff_sha256": None if state == "a" else "d"},
+            "git": {"commit": "c", "diff_sha256": None if state == "a" else "d"}, "lacuna_git": {"commit": state},
         }  # fmt: skip
         write_run(tmp_path, entry, validated(1.0), facts=facts)
-    assert lacuna.report(tmp_path / "configs").notes[-2:] == (
+    assert lacuna.report(tmp_path / "configs").notes[-3:] == (
         "not all runs were made from the same files: data.jsonl; model tiny changed between two runs",
         "runs were made at 2 different states of the git repository that they were started in",
+        "runs were made at 2 different states of lacuna's source",
     )
 
 

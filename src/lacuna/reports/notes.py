@@ -78,9 +78,10 @@ def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         inputs.setdefault(name, set()).update([value] if value is not None else [])
     if changed := [name for name, values in inputs.items() if len(values) > 1]:
         yield f"not all runs were made from the same files: {some(changed)} changed between two runs"
-    commits = {(one["git"].get("commit"), one["git"].get("diff_sha256")) for one in facts if one.get("git")}
-    if len(commits) > 1:
-        yield f"runs were made at {len(commits)} different states of the git repository that they were started in"
+    for place, words in (("git", "the git repository that they were started in"), ("lacuna_git", "lacuna's source")):
+        commits = {(one[place].get("commit"), one[place].get("diff_sha256")) for one in facts if one.get(place)}
+        if len(commits) > 1:
+            yield f"runs were made at {len(commits)} different states of {words}"
     devices = sorted({str(one["device"]) for one in facts if one.get("device")})
     if len(devices) > 1:
         yield f"runs were made on different devices: {', '.join(devices)}"

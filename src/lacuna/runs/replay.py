@@ -110,8 +110,11 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = [_line(name, then[name], now[name]) for name in COMPARED if name in then and name in now]
     packages = sorted({*then["packages"], *now["packages"]})
     lines += [_line(f"package {name}", then["packages"].get(name), now["packages"].get(name)) for name in packages]
-    commits = [(git or {}) for git in (then["git"], now["git"])]
-    lines += [_line(f"git {name}", *(git.get(name) for git in commits)) for name in ("commit", "diff_sha256")]
+    for place in ("git", "lacuna_git"):
+        states = [facts.get(place) or {} for facts in (then, now)]
+        lines += [
+            _line(f"{place} {name}", *(state.get(name) for state in states)) for name in ("commit", "diff_sha256")
+        ]
     files = [{_place(entry): entry for entry in facts["data_files"]} for facts in (then, now)]
     for place in dict.fromkeys([*files[0], *files[1]]):
         entries = [found.get(place, {}) for found in files]

@@ -311,6 +311,14 @@ def test_a_damaged_status_is_no_finished_run_and_no_crash(tmp_path: Path, conten
     assert "1 run: 1 died" in run("lacuna", "status", tmp_path / "configs").output
 
 
+@pytest.mark.parametrize("content", ["x", '[{"job": "1"}]', "5"])
+def test_a_damaged_record_of_jobs_is_told(tmp_path: Path, content: str, run: Run) -> None:
+    write_experiment(tmp_path)
+    (tmp_path / "configs" / "slurm_jobs.json").write_text(content)
+    outcome = run("lacuna", "report", tmp_path / "configs")
+    assert (outcome.code, "slurm_jobs.json: is damaged" in outcome.output) == (2, True)
+
+
 def test_lines_of_metrics_that_are_none_are_left_out(tmp_path: Path) -> None:
     (entry,) = write_experiment(tmp_path)
     folder = write_run(tmp_path, entry, validated(1.0))

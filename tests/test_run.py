@@ -115,6 +115,14 @@ def test_two_callers_start_each_run_once_and_a_failure_stops_no_other(run: Run, 
     assert [run.state for run in lacuna.report(here / "configs").runs] == ["finished", "failed", "finished"]
     os.chdir(here)
 
+    whole = json.loads(Path("runs/run_000/status.json").read_text())
+    Path("runs/run_000/status.json").write_text("{")
+    assert table("configs")[0].state == "died"
+    assert run("lacuna", "run", "configs", "--only", "run_000").code == 0
+    mended = json.loads(Path("runs/run_000/status.json").read_text())
+    assert [mended[name] for name in ("state", "step", "total_steps")] == ["finished", 4, whole["total_steps"]]
+    assert len(starts("run_000")) == 1
+
     before = contents(Path("runs"))
     began = time.monotonic()
     done = lacuna.run("e.yaml", only=["run_000", "run_002"])

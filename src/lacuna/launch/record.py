@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lacuna.errors import RunError
 from lacuna.experiment.folder import MAPPING
 from lacuna.runs.folder import write_json
 
@@ -50,9 +51,14 @@ def record_of(target: Path, scripts: Path) -> Path:
 
 
 def read_submissions(target: Path, scripts: Path = Path()) -> list[Submission]:
-    """In the order of submission."""
+    """In the order of submission. Raises RunError where the record cannot be read."""
     file = record_of(target, scripts)
-    return [Submission(**done) for done in json.loads(file.read_text())] if file.exists() else []
+    try:
+        return [Submission(**done) for done in json.loads(file.read_bytes())] if file.exists() else []
+    except (OSError, ValueError, TypeError):
+        raise RunError(
+            f"{file}: is damaged, so its jobs are not known: look for them with squeue, and delete it"
+        ) from None
 
 
 def add_submission(done: Submission, target: Path, scripts: Path) -> None:

@@ -134,7 +134,7 @@ def starts_of(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         starts: list[dict[str, Any]] = json.loads(path.read_bytes())["starts"]
-        is_whole = all(type(start.get("devices", 1)) is int for start in starts)
+        is_whole = all(type(start.get("devices") or 1) is int for start in starts)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:

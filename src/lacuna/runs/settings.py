@@ -37,7 +37,7 @@ def difference(
     trainer, found = config.model_dump()["trainer"], read_layer(folder / "config.toml").values.get("trainer")
     if found != trainer:
         return f"output_dir {folder} holds a {found} run"
-    before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices", 1))
+    before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices") or 1)
     fixed = {leaf for name in varied for leaf in _settings_under(find_path(name, trainer, {})[0], before)}
     different = changes(before, config.settings(processes), config.may_change - fixed)
     return f"the run in {folder} has other settings ({different})" if different else None

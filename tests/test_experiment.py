@@ -25,6 +25,7 @@ from lacuna.experiment.checks import check_run
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.design import Design, design
 from lacuna.experiment.loaders import Base
+from lacuna.experiment.mapping import read_mapping
 from lacuna.experiment.parameters import find_path, value_problem
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,8 @@ def test_the_mapping_says_what_each_run_is(run: Run, folder: Path) -> None:
     text = {**OWN, "question": "why?", "variables": RANKS, "seeds": [7], "controls": {"output_dir": "out"}}
     assert run("lacuna", "generate", write(text), "--no-validate", output="made").code == 0
     mapping = yaml.safe_load((folder / "made" / "run_mapping.yaml").read_text())
-    assert list(mapping) == ["experiment", "trainer", "base", "recipe", "gpus", "runs"]
+    assert list(mapping) == ["experiment", "trainer", "base", "directory", "recipe", "gpus", "runs"]
+    assert mapping["directory"] == ".."
     assert mapping["experiment"] == text
     assert (mapping["trainer"], mapping["recipe"], mapping["gpus"]) == ("torchtune", text["recipe"], 1)
     digest = hashlib.sha256((folder / "made" / "run_001.yaml").read_bytes()).hexdigest()
@@ -148,6 +150,24 @@ def test_the_mapping_says_what_each_run_is(run: Run, folder: Path) -> None:
         "output_dir": "out/run_001",
     }  # fmt: skip
     assert len(mapping["runs"]) == 2
+
+
+def test_runs_are_found_from_any_directory_and_after_a_move(
+    run: Run, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    study = write({**OWN, "variables": RANKS, "controls": {"output_dir": "out"}})
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for output in (folder / "made", elsewhere / "made"):
+        assert run("lacuna", "generate", study, "--no-validate", output=output).code == 0
+    assert f"\ndirectory: ~/{folder.name}\n" in (elsewhere / "made" / "run_mapping.yaml").read_text()
+    assert read_mapping("made").folder(1) == Path("out/run_001")
+    monkeypatch.chdir(elsewhere)
+    for made in (folder / "made", elsewhere / "made"):
+        assert Path(str(read_mapping(made).folder(1))).resolve() == folder / "out/run_001"
+    folder.rename(elsewhere / "moved")
+    assert read_mapping("moved/made").folder(1) == Path("moved/out/run_001")
+    assert read_mapping("made").folder(1) == Path("out/run_001")
 
 
 def test_the_mapping_keeps_how_the_runs_start_on_the_cluster(run: Run, folder: Path) -> None:

@@ -18,6 +18,8 @@ from experiment_folders import FINETUNE, SFT, validated, write_experiment, write
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError, RunError
 from lacuna.experiment.folder import digest, seal
+from lacuna.experiment.mapping import read_mapping
+from lacuna.launch.selection import plan
 from lacuna.reports.statistics import Measured, compare, effect_of, estimate, seeds_needed
 from lacuna.runs.folder import write_json
 
@@ -196,6 +198,136 @@ def test_a_folder_with_a_run_of_other_settings_is_not_taken_for_the_run(tmp_path
     assert made.notes[0].startswith("4 folders with a run of other settings, which counts nowhere: run_001: the run")
 
 
+def test_settings_that_vary_tell_runs_apart_also_where_a_resumed_run_may_change_them(tmp_path: Path) -> None:
+    """Generated again with the values the other way round, each folder holds the other value's run."""
+    entries = write_experiment(tmp_path, variables={"save_every": [25, 50]})
+    for entry in entries:
+        write_run(tmp_path, entry, validated(1.0))
+    assert [run.state for run in lacuna.report(tmp_path / "configs").runs] == ["finished"] * 2
+    write_experiment(tmp_path, variables={"save_every": [50, 25]})
+    runs = lacuna.report(tmp_path / "configs").runs
+    assert [run.state for run in runs] == ["other settings"] * 2
+    assert runs[0].reason.endswith("has other settings (save_every was 25, now 50)")
+    mapping = read_mapping(tmp_path / "configs")
+    with pytest.raises(ConfigError, match=r"run_001: .* has other settings .save_every was 50, now 25.: move"):
+        plan(mapping, range(2))
+
+
+def test_the_final_value_is_of_the_weights_that_the_run_was_told_to_keep(tmp_path: Path) -> None:
+    """final_weights may change on resume; of a run that has finished, a later change is none of its weights."""
+    (entry,) = write_experiment(tmp_path)
+    write_run(tmp_path, entry, validated(4.0, 1.0, 2.0, 1.5))
+    write_experiment(tmp_path, {**SFT, "final_weights": "best"})
+    made = lacuna.report(tmp_path / "configs")
+    assert made.runs[0].metrics == {"validation_loss": 1.5}
+    assert made.how == "of the weights in final/: those of the last step"
+
+
+def test_metrics_that_were_cut_off_give_no_final_value(tmp_path: Path) -> None:
+    entries = write_study(tmp_path, HAND)
+    file = tmp_path / "runs/run_001/metrics.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    write_json(Path(entries[1]["output_dir"]) / "evaluation.json", {"accuracy": 0.5})
+    made = lacuna.report(tmp_path / "configs")
+    assert made.runs[1].metrics == {"accuracy": 0.5}
+    assert made.runs[1].reason == "metrics.jsonl ends at step 50 of 100: some of it is lost"
+    assert "1 finished run without a number for validation_loss, not counted: run_001" in made.notes
+
+
+def test_inputs_that_changed_between_two_runs_are_said(tmp_path: Path) -> None:
+    entries = write_experiment(tmp_path, variables=RATES)
+    for entry, state in zip(entries, "ab", strict=True):
+        facts = {
+            "data_files": [{"path": "data.jsonl", "sha256": state}, {"path": "same.jsonl", "sha256": "s"}],
+            "model": "tiny", "weights_fingerprint": state, "tokenizer": "tiny", "tokenizer_sha256": "t",
+            "git": {"commit": "c", "diff_sha256": None if state == "a" else "d"}, "lacuna_git": {"commit": state},
+        }  # fmt: skip
+        write_run(tmp_path, entry, validated(1.0), facts=facts)
+    assert lacuna.report(tmp_path / "configs").notes[-3:] == (
+        "not all runs were made from the same files: data.jsonl; model tiny changed between two runs",
+        "runs were made at 2 different states of the git repository that they were started in",
+        "runs were made at 2 different states of lacuna's source",
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "facts", "note"),
+    [
+        ({"validation_share": [0.1, 0.2]}, [{}, {}], "runs have their validation_loss from different data, so it"),
+        (
+            RATES,
+            [{"tokenizer_sha256": "a"}, {"tokenizer_sha256": "b"}],
+            "runs have different tokenizers: validation_loss",
+        ),
+        (
+            {"dataset": ["a.jsonl", "b.jsonl"]},
+            [{"data_files": [{"use": "training", "path": name, "sha256": name}]} for name in "ab"],
+            "runs have their validation_loss from different data, so it",
+        ),
+        (
+            {"dataset": ["a.jsonl", "b.jsonl"]},
+            [
+                {"data_files": [{"use": "training", "path": name}, {"use": "validation", "path": "v", "sha256": "v"}]}
+                for name in "ab"
+            ],
+            None,
+        ),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_said(
+    tmp_path: Path, variables: Any, facts: list[dict[str, Any]], note: str | None
+) -> None:
+    for entry, more in zip(write_experiment(tmp_path, variables=variables), facts, strict=True):
+        run = write_run(tmp_path, entry, validated(1.0), facts=more)
+        write_json(run / "evaluation.json", {"accuracy": 0.5})
+    notes = lacuna.report(tmp_path / "configs").notes
+    assert "different data" not in "".join(notes) if note is None else notes[0].startswith(note)
+    assert not any("different data" in found for found in lacuna.report(tmp_path / "configs", "accuracy").notes)
+
+
+DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"starts": [5]}', b'{"starts": null}', b'{"starts": [{"devices": "x"}]}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_provenance_is_told(tmp_path: Path, content: bytes, run: Run) -> None:
+    (entry,) = write_experiment(tmp_path)
+    folder = write_run(tmp_path, entry, validated(1.0))
+    (folder / "provenance.json").write_bytes(content)
+    for command, target in (("report", tmp_path / "configs"), ("run", tmp_path / "configs"), ("replay", folder)):
+        outcome = run("lacuna", command, target)
+        assert (outcome.code, "provenance.json: is damaged" in outcome.output) == (2, True), outcome.output
+        assert "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"state": 5}', b'{"state": "finished", "step": "x"}', b'{"state": "finished", "loss": []}'],
+)
+def test_a_damaged_status_is_no_finished_run_and_no_crash(tmp_path: Path, content: bytes, run: Run) -> None:
+    (entry,) = write_experiment(tmp_path)
+    folder = write_run(tmp_path, entry, validated(1.0))
+    (folder / "status.json").write_bytes(content)
+    (found,) = lacuna.report(tmp_path / "configs").runs
+    assert (found.state, found.reason) == ("died", "status.json cannot be read; starting the run mends it")
+    assert "1 run: 1 died" in run("lacuna", "status", tmp_path / "configs").output
+
+
+@pytest.mark.parametrize("content", ["x", '[{"job": "1"}]', "5"])
+def test_a_damaged_record_of_jobs_is_told(tmp_path: Path, content: str, run: Run) -> None:
+    write_experiment(tmp_path)
+    (tmp_path / "configs" / "slurm_jobs.json").write_text(content)
+    outcome = run("lacuna", "report", tmp_path / "configs")
+    assert (outcome.code, "slurm_jobs.json: is damaged" in outcome.output) == (2, True)
+
+
+def test_lines_of_metrics_that_are_none_are_left_out(tmp_path: Path) -> None:
+    (entry,) = write_experiment(tmp_path)
+    folder = write_run(tmp_path, entry, validated(1.0))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n[1]\nnull\n{"loss": 1}\n{"step": "a", "loss": 1}\n{"step": 1' + b"0" * 5000 + b"}\n")
+    assert lacuna.report(tmp_path / "configs").runs[0].metrics == {"validation_loss": 1.0}
+
+
 def test_what_may_change_on_resume_makes_no_other_run(tmp_path: Path) -> None:
     write_study(tmp_path, HAND)
     file = tmp_path / "runs/run_001/config.toml"
@@ -226,12 +358,14 @@ def test_a_validation_loss_is_of_the_weights_in_final(
 def test_a_training_loss_is_the_mean_of_the_last_tenth(tmp_path: Path) -> None:
     (entry,) = write_experiment(tmp_path)
     lines = [{"step": step, "loss": 100 - step, "gradient_norm": step / 2, "tokens": 8 * step} for step in range(1, 21)]
-    write_run(tmp_path, entry, [*lines, {"no": "step"}], seconds=7200.0, facts={"device": "H100", "devices": 4})
+    write_run(
+        tmp_path, entry, [*lines, {"no": "step"}], step=20, seconds=7200.0, facts={"device": "H100", "devices": 4}
+    )
     (run,) = lacuna.report(tmp_path / "configs").runs
     assert run.metrics == {"loss": 80.5, "gradient_norm": 10.0, "tokens": 160}
     assert run.curves["gradient_norm"][:2] == [(1, 0.5), (2, 1.0)]
     assert run.budget == {
-        "steps": 100, "tokens": 160, "batch_size": 8, "packing": True, "seconds": 7200.0, "devices": 4,
+        "steps": 20, "tokens": 160, "batch_size": 8, "packing": True, "seconds": 7200.0, "devices": 4,
         "gpu_hours": 8.0,
     }  # fmt: skip
     assert lacuna.report(tmp_path / "configs").totals == {"runs": 1, "finished": 1, "tokens": 160, "gpu_hours": 8.0}
@@ -280,6 +414,7 @@ def test_without_a_loss_the_metric_has_to_be_chosen(tmp_path: Path) -> None:
         ('{"accuracy": "0.9"}', "'accuracy' is '0.9', which is no finite number"),
         ('{"f1": true}', "'f1' is True, which is no finite number"),
         ('{"f1": NaN}', "'f1' is nan, which is no finite number"),
+        ('{"f1": 1' + "0" * 400 + "}", "which is no finite number"),
         ("[1]", "should be one JSON object of numbers"),
         ("{", "cannot be read"),
         ('{"validation_loss": 1.0}', "validation_loss: metrics.jsonl has that name too: choose another"),
@@ -302,7 +437,7 @@ def test_what_is_no_number_does_not_count(tmp_path: Path) -> None:
     assert dict(made.arms[1].by_seed) == {1: 1.5}
     assert made.runs[3].curves == {"validation_loss": [(50, 3.0)]}
     assert made.runs[3].reason == "not a number: validation_loss"
-    assert "1 finished run without a finite validation_loss, not counted: run_003" in made.notes
+    assert "1 finished run without a number for validation_loss, not counted: run_003" in made.notes
 
 
 def test_before_anything_has_finished(tmp_path: Path, run: Run) -> None:

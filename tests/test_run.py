@@ -91,7 +91,7 @@ def child_of(caller: Process) -> int:
     return child.pid
 
 
-def test_two_callers_start_each_run_once_and_a_failure_stops_no_other(run: Run, study: Experiment) -> None:
+def test_two_callers_start_each_run_once_and_a_failure_stops_no_other(run: Run, study: Experiment, here: Path) -> None:
     callers = [spawn("lacuna", "run", "e.yaml") for _ in range(2)]
     outputs = [caller.wait() for caller in callers]
     assert [caller.popen.returncode for caller in callers] == [1, 1], outputs
@@ -108,6 +108,20 @@ def test_two_callers_start_each_run_once_and_a_failure_stops_no_other(run: Run, 
         assert both.count(f"run_00{number} started (learning_rate={setting})\n") == 1
     assert both.count(f"run_000 finished, loss {rows['run_000'].loss:.4f}") >= 1
     assert "lower learning_rate" in Path("runs/run_001/output.log").read_text()
+
+    os.chdir("/")
+    assert [row.state for row in table(here / "configs")] == ["finished", "failed", "finished"]
+    assert lacuna.run(here / "configs", only="run_002").exit_code == 0
+    assert [run.state for run in lacuna.report(here / "configs").runs] == ["finished", "failed", "finished"]
+    os.chdir(here)
+
+    whole = json.loads(Path("runs/run_000/status.json").read_text())
+    Path("runs/run_000/status.json").write_text("{")
+    assert table("configs")[0].state == "died"
+    assert run("lacuna", "run", "configs", "--only", "run_000").code == 0
+    mended = json.loads(Path("runs/run_000/status.json").read_text())
+    assert [mended[name] for name in ("state", "step", "total_steps")] == ["finished", 4, whole["total_steps"]]
+    assert len(starts("run_000")) == 1
 
     before = contents(Path("runs"))
     began = time.monotonic()
@@ -270,7 +284,7 @@ def test_a_run_without_a_folder_is_refused(study: Experiment) -> None:
     items = [item.replace("output_dir: runs/run_000", "output_dir: null") for item in mapping.items]
     changed = type(mapping)(mapping.file, mapping.sha256, mapping.head, items)
     with pytest.raises(ConfigError, match="run_000: it has no output_dir, by which it could be known again"):
-        plan(changed, [0, 1], Path())
+        plan(changed, [0, 1])
 
 
 def test_another_thread_cannot_start_runs(study: Experiment) -> None:
@@ -401,7 +415,7 @@ def test_time_that_is_left() -> None:
 
 def planned(tmp_path: Path, count: int) -> list[Planned]:
     return [
-        Planned(number, f"run_{number:03d}", f"rank={number}", 1, tmp_path / f"run_{number:03d}", tmp_path, "sft")
+        Planned(number, f"run_{number:03d}", f"rank={number}", 1, tmp_path / f"run_{number:03d}", tmp_path, "sft", {})
         for number in range(count)
     ]
 
@@ -432,7 +446,7 @@ def test_a_terminal_shows_one_table_that_does_not_grow_with_the_experiment(tmp_p
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_tasks_are_written_as_slurm_reads_them(numbers: set[int]) -> None:
-    assert Submission("7", "m", "s", 0, spans(numbers), "d", "a.sh", "l", 1.0).numbers() == sorted(numbers)
+    assert Submission("7", "m", "s", 0, spans(numbers), "a.sh", "l", 1.0).numbers() == sorted(numbers)
 
 
 def test_runs_that_slurm_or_another_process_has_are_not_submitted(

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,15 @@ from lacuna.experiment.generator import generate
 from lacuna.launch.torchtune_run import run_torchtune
 from lacuna.runs.folder import read_status, starts_of, write_json, write_status
 from lacuna.runs.metrics import read_evaluation, read_metrics
-from lacuna.runs.provenance import FIELDS, hub_facts, slurm_facts, weights_fingerprint, without_home
+from lacuna.runs.provenance import (
+    FIELDS,
+    _git_state,
+    _is_checkout,
+    hub_facts,
+    slurm_facts,
+    weights_fingerprint,
+    without_home,
+)
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +153,23 @@ def test_provenance_names_what_a_run_was_made_of(runs: Path, home: Path) -> None
     assert 0 < adapter["trained_parameters"] < adapter["parameters"]
     (random,) = starts_of(parent)
     assert random["weights_fingerprint"] is random["parent_run"] is None
+
+
+def test_provenance_names_the_state_of_lacunas_own_source(tmp_path: Path) -> None:
+    source, other = tmp_path / "lacuna", tmp_path / ".venv" / "lacuna"
+    for folder in (source, other):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    assert not _is_checkout(source)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "lacuna"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    assert (_is_checkout(source), _is_checkout(other)) == (True, False)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    clean = {"commit": commit, "uncommitted_changes": True, "diff_sha256": None}  # .venv is new
+    assert _git_state(source) == clean
+    (source / "__init__.py").write_text("changed")
+    assert (_git_state(source) or {})["diff_sha256"] is not None
 
 
 def test_no_secret_and_no_host_name_is_in_a_run_folder(runs: Path, tune: Path) -> None:
@@ -289,6 +315,10 @@ def test_replay_refuses_what_is_no_run_or_was_edited(runs: Path, home: Path, run
     edit(folder / "config.toml", "seed = 1", "seed = 3")
     done = run("lacuna", "replay", folder)
     assert (done.code, "was edited since the run started" in done.output) == (2, True)
+    old = {name: value for name, value in starts_of(folder)[-1].items() if name != "git"}
+    write_json(folder / "provenance.json", {"starts": [old]})
+    done = run("lacuna", "replay", folder)
+    assert (done.code, "says nothing of git: it cannot be compared" in done.output) == (2, True)
     (folder / "provenance.json").unlink()
     done = run("lacuna", "replay", folder)
     assert (done.code, "holds no hash of the config" in done.output) == (2, True)

@@ -544,7 +544,7 @@ def test_what_is_said_about_a_run(
 ) -> None:
     said = {"reason": "why"} if status in ("failed", "interrupted") or past == "NODE_FAIL" else {}
     folder = write_run(tmp_path / "run", status, job="7_2", **said) if status is not None else tmp_path / "run"
-    done = Submission("7", "m", "s", 0, "0-2", str(tmp_path), "a.sh", str(tmp_path), 1.0)
+    done = Submission("7", "m", "s", 0, "0-2", "a.sh", str(tmp_path), 1.0)
     queue = Queue({"7_2": now} if now is not None else {}, 2.0)
     place = Place("run", folder, done, 2)
     row = _row(place, read_status(folder), alive, queue, {"7_2": JobState(past)} if past is not None else {})
@@ -623,7 +623,7 @@ def test_slurm_is_asked_once_in_half_a_minute(tmp_path: Path, here: Path, monkey
     past = "7_3|CANCELLED by 0\\n7_4|OUT_OF_MEMORY\\n7_5|RUNNING\\n"
     calls = pretend(tmp_path, monkeypatch, squeue=f"printf '{states}'", sacct=f"printf '{past}'")
     mapping = read_mapping(write_mapping(here))
-    done = Submission("7", str(mapping.file), mapping.sha256, 0, "0-2", str(here), "a.sh", str(here), 1.0)
+    done = Submission("7", str(mapping.file), mapping.sha256, 0, "0-2", "a.sh", str(here), 1.0)
     add_submission(done, mapping.file, here)
     for number, state in enumerate(("running", "running", "interrupted", "running", "running", "running")):
         write_run(here / "runs" / "a b" / f"run_{number:03d}", state, job=f"7_{number}", time=0)

@@ -1,5 +1,6 @@
 """experiment.yaml → a complete config for each run, and run_mapping.yaml. Nothing is written before all is right."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lacuna.experiment.design import Design, Run, design
 from lacuna.experiment.loaders import Base
 from lacuna.experiment.merge import Values
 from lacuna.experiment.recipe import check_recipe
+from lacuna.runs.provenance import without_home
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def generate(
     output = Path(output)
     planned = design(experiment, torchtune_python)
     texts = {f"{run.id}.yaml": dump_yaml(run.values) for run in planned.runs}
-    mapping = _mapping(planned, texts)
+    mapping = _mapping(planned, texts, output)
     notes = [*planned.notes, *_existing(planned)]
     with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
         configs = {run.id: run.values for run in planned.runs}
@@ -100,7 +102,9 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
     return [p for p in problems if not (p.is_local and (p.run, p.path) in graver)] + theirs
 
 
-def _mapping(planned: Design, texts: Mapping[str, str]) -> dict[str, Any]:
+def _mapping(planned: Design, texts: Mapping[str, str], output: Path) -> dict[str, Any]:
+    """directory: the working directory, from the output where it lies above that: both may be moved together."""
+    here, inside = Path.cwd(), output.resolve()
     experiment, base = planned.experiment, planned.base
     written = {name: value for name, value in experiment.model_dump().items() if value not in (None, [], {})}
     if experiment.slurm is not None:
@@ -109,6 +113,7 @@ def _mapping(planned: Design, texts: Mapping[str, str]) -> dict[str, Any]:
         "experiment": written,
         "trainer": base.trainer,
         "base": base.name,
+        "directory": os.path.relpath(here, inside) if inside.is_relative_to(here) else without_home(str(here)),
         **({"recipe": base.recipe, "gpus": base.gpus} if base.trainer == "torchtune" else {}),
         "runs": [
             {

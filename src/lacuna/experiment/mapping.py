@@ -1,5 +1,6 @@
 """run_mapping.yaml, read. Runs are cut out of the text and parsed one by one: all of 10,000 would take two seconds."""
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,15 @@ class RunMapping:
         return found
 
     @cached_property
+    def directory(self) -> Path:
+        """Where its runs start, from which relative paths in its configs are: that of `lacuna generate`.
+
+        As it is called from the working directory, which it is itself where the other is not there any more.
+        """
+        place = self.file.parent / Path(self.head.get("directory", self.file)).expanduser()
+        return Path(os.path.relpath(place.resolve())) if place.is_dir() else Path()
+
+    @cached_property
     def places(self) -> list[tuple[str, str | None]]:
         """Id and output_dir of every run."""
         pairs = [
@@ -38,6 +48,11 @@ class RunMapping:
             for item in self.items
         ]
         return [(_scalar(id[1]) or "", _scalar(place[1])) for id, place in pairs if id and place]
+
+    def folder(self, index: int) -> Path | None:
+        """The run folder of a run; None where nothing says where it is."""
+        place = self.places[index][1]
+        return self.directory / Path(place).expanduser() if place is not None else None
 
 
 def read_mapping(path: str | Path) -> RunMapping:

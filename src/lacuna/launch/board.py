@@ -78,7 +78,8 @@ class Board:
             self._event(f"{run.id} finished{f', {said}' if said else ''} ({done})")
             return
         self._failed += [run.id] if state != "stopped" else []
-        said = textwrap.shorten(reason, SHOWN_REASON, placeholder=" …") or "it did not say why"
+        said = textwrap.shorten(reason, SHOWN_REASON, placeholder=" …")
+        said = said or ("as it was told to" if state == "stopped" else "it did not say why")
         self._event(f"{run.id} {state}: {said}; log: {run.folder / OUTPUT_LOG}")
 
     def _event(self, text: str) -> None:

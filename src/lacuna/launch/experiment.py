@@ -19,7 +19,6 @@ from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
 from lacuna.launch.lease import is_leased
 from lacuna.launch.pool import execute
-from lacuna.launch.record import read_submissions
 from lacuna.launch.selection import Planned, choose, plan
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
@@ -78,9 +77,7 @@ def run(
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     mapping = read_mapping(target)
     chosen = choose(mapping, [only] if isinstance(only, str) else only)
-    submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
-    directory = Path(submissions[-1].directory) if submissions else Path()
-    missing, finished = plan(mapping, chosen, directory)
+    missing, finished = plan(mapping, chosen)
     queued = {row.run: row for row in _rows(mapping, chosen) if _is_queued(row)}
     for id, row in list(queued.items())[:SHOWN_FAILURES]:
         console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
@@ -97,7 +94,7 @@ def run(
     if mapping.head["trainer"] == "torchtune" and torchtune_python is not None:
         words = ["--torchtune-python", torchtune_python, *words]
     with Board(missing, finished, len(parts), console) as board:
-        signals = execute(missing, words, directory, parts, board)
+        signals = execute(missing, words, mapping.directory, parts, board)
     rows = [_known(row, board) for row in _rows(mapping, chosen)]
     again = ["lacuna", "run", place, *(["--only", ",".join(row.run for row in rows)] if only else [])]
     again += ["--jobs", str(jobs)] if jobs is not None else []

@@ -131,7 +131,7 @@ def _start(
 
 def _end(child: Child, is_stopping: bool, board: Board) -> None:
     """Say how a run ended, and write it down for one that could not."""
-    run, code = child.run, child.process.returncode
+    run, code, reason = child.run, child.process.returncode, ""
     status = read_status(run.folder) or {}
     is_told = status.get("time", 0) >= child.time and status.get("state") not in ("starting", "running")
     if code != 0 and not is_told and not is_stopping and not is_held(run.folder):
@@ -144,7 +144,7 @@ def _end(child: Child, is_stopping: bool, board: Board) -> None:
     os.close(child.lease)
     status = read_status(run.folder) or {}
     state = "finished" if code == 0 else "stopped" if is_stopping else str(status.get("state", "failed"))
-    board.ended(run, state, str(status.get("reason", "")) if code else "")
+    board.ended(run, state, str(status.get("reason") or reason) if code else "")
 
 
 def _kill(pid: int) -> None:

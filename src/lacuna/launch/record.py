@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lacuna.errors import RunError
 from lacuna.experiment.folder import MAPPING
 from lacuna.runs.folder import write_json
 
@@ -16,7 +17,7 @@ class Submission:
     """A job of SLURM's. sha256: of the mapping or config. Task k of an array is run offset + k.
 
     tasks: of the array, as SLURM writes them (`0-3,7`).
-    directory: where its runs start. time: of the submission, in seconds since 1970.
+    time: of the submission, in seconds since 1970.
     """
 
     job: str
@@ -24,7 +25,6 @@ class Submission:
     sha256: str
     offset: int
     tasks: str
-    directory: str
     script: str
     logs: str
     time: float
@@ -51,9 +51,14 @@ def record_of(target: Path, scripts: Path) -> Path:
 
 
 def read_submissions(target: Path, scripts: Path = Path()) -> list[Submission]:
-    """In the order of submission."""
+    """In the order of submission. Raises RunError where the record cannot be read."""
     file = record_of(target, scripts)
-    return [Submission(**done) for done in json.loads(file.read_text())] if file.exists() else []
+    try:
+        return [Submission(**done) for done in json.loads(file.read_bytes())] if file.exists() else []
+    except (OSError, ValueError, TypeError):
+        raise RunError(
+            f"{file}: is damaged, so its jobs are not known: look for them with squeue, and delete it"
+        ) from None
 
 
 def add_submission(done: Submission, target: Path, scripts: Path) -> None:

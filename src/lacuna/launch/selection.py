@@ -1,8 +1,9 @@
 """The runs of a mapping that `lacuna run` was asked for, and which of them are done. Nothing here imports torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lacuna.config.files import did_you_mean
 from lacuna.config.trainers import load_trainer_config
@@ -18,7 +19,7 @@ MEND = "move that folder away, or give the experiment another output_dir"
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of a mapping. varies: its settings, as `learning_rate=0.001`. config: its file."""
+    """A run of a mapping. params: what varies; varies: the same, as `learning_rate=0.001`. config: its file."""
 
     index: int
     id: str
@@ -27,6 +28,7 @@ class Planned:
     folder: Path
     config: Path
     trainer: str
+    params: Mapping[str, Any]
 
 
 def choose(mapping: RunMapping, only: Iterable[str]) -> list[int]:
@@ -41,8 +43,8 @@ def choose(mapping: RunMapping, only: Iterable[str]) -> list[int]:
     return [index for index, id in enumerate(ids) if not wanted or id in wanted]
 
 
-def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[list[Planned], list[Planned]]:
-    """The runs to start, and those that are finished. directory: where they start.
+def plan(mapping: RunMapping, indices: Iterable[int]) -> tuple[list[Planned], list[Planned]]:
+    """The runs to start, and those that are finished.
 
     Raises ConfigError with every run that cannot be: its config was changed, or its folder holds something else.
     """
@@ -51,7 +53,7 @@ def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[
     problems = []
     for index in indices:
         try:
-            run = _planned(mapping, index, directory)
+            run = _planned(mapping, index)
             (finished if is_finished(run) else missing).append(run)
         except LacunaError as error:
             problems += [f"{mapping.places[index][0]}: {problem}" for problem in error.problems]
@@ -60,7 +62,7 @@ def plan(mapping: RunMapping, indices: Iterable[int], directory: Path) -> tuple[
     return missing, finished
 
 
-def _planned(mapping: RunMapping, index: int, directory: Path) -> Planned:
+def _planned(mapping: RunMapping, index: int) -> Planned:
     entry = mapping.entry(index)
     config = mapping.file.with_name(entry["config"])
     try:
@@ -69,11 +71,10 @@ def _planned(mapping: RunMapping, index: int, directory: Path) -> Planned:
         raise ConfigError(f"{config}: cannot be read: {error.strerror}") from None
     if found != entry["sha256"]:
         raise ConfigError(f"{config}: was changed since it was generated: generate it again")
-    if entry["output_dir"] is None:
+    if (folder := mapping.folder(index)) is None:
         raise ConfigError("it has no output_dir, by which it could be known again: give the experiment one")
     varies = ", ".join(f"{name}={shown(value)}" for name, value in entry["params"].items())
-    folder = directory / Path(entry["output_dir"]).expanduser()
-    return Planned(index, entry["id"], varies, entry["seed"], folder, config, mapping.head["trainer"])
+    return Planned(index, entry["id"], varies, entry["seed"], folder, config, mapping.head["trainer"], entry["params"])
 
 
 def is_finished(run: Planned) -> bool:
@@ -90,6 +91,6 @@ def is_finished(run: Planned) -> bool:
     if not has_run(run.folder):
         return False
     config = load_trainer_config([str(run.config)])
-    if (other := difference(run.folder, config, config.gpus)) is not None:
+    if (other := difference(run.folder, config, config.gpus, run.params)) is not None:
         raise RunError(f"{other}: {MEND}")
     return says_so and (run.folder / "final").is_dir()

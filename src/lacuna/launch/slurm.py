@@ -71,7 +71,7 @@ class Written:
         for script, job in zip(self.scripts, self.jobs, strict=True):
             after = [f"--dependency=afterany:{ids[-1]}"] if self._is_chain and ids else []
             ids.append(_call(["sbatch", "--parsable", *after, str(script)]).strip().partition(";")[0])
-            place = (str(job.directory), str(script), str(job.logs))
+            place = (str(script), str(job.logs))
             done = Submission(ids[-1], str(target), job.sha256, job.offset or 0, spans(job.tasks), *place, time.time())
             add_submission(done, target, folder)
         return ids
@@ -98,7 +98,8 @@ def write_scripts(
     """Write a batch script, or for a large experiment several, into a folder.
 
     target: an experiment, whose configs go into the folder `configs`; a run mapping or its folder; or one config.
-    cluster: a file of settings, under the experiment's `slurm:` section. Runs start in the working directory.
+    cluster: a file of settings, under the experiment's `slurm:` section. Runs of a mapping start in its
+    directory, a config's in the working directory.
     force: replace the configs of another experiment there. runs: of the mapping, if not all.
     Raises ConfigError with all problems; what `generate` wrote stays then.
     """
@@ -141,9 +142,10 @@ def _jobs_of_mapping(
     for run in sorted(runs):
         arrays.setdefault(run // size * size, []).append(run % size)
     name = _file_name(head["experiment"]["experiment_name"])
+    directory = Path(os.path.abspath(mapping.directory))
     return [
         Job(
-            name, mapping.file, mapping.sha256, Path.cwd(), output / "logs", offset, tuple(tasks), gpus,
+            name, mapping.file, mapping.sha256, directory, output / "logs", offset, tuple(tasks), gpus,
             not is_torchtune, torchtune_python if is_torchtune else None,
         )
         for offset, tasks in arrays.items()

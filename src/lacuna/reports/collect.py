@@ -19,7 +19,7 @@ from lacuna.reports.metric import Curve, final_value
 from lacuna.reports.results import RunResult
 from lacuna.runs.folder import read_status, starts_of
 from lacuna.runs.metrics import read_evaluation, read_metrics
-from lacuna.runs.settings import difference
+from lacuna.runs.settings import difference, recorded
 from lacuna.runs.status import Row, table
 
 SEED_NAMES = ("seed", "training.seed")
@@ -33,7 +33,7 @@ NO_DESIGN = (
 
 @dataclass(frozen=True)
 class Collected:
-    """final_weights: what the configs of finished runs say of them."""
+    """final_weights: what the configs that finished runs were started with say of them."""
 
     mapping: RunMapping
     runs: list[RunResult]
@@ -65,13 +65,12 @@ def collect(where: str | Path) -> Collected:
     problems: list[str] = []
     for run, row in zip(generated, table(mapping.file), strict=True):
         try:
-            result = _result(run, row)
+            result, final_weights = _result(run, row)
         except RunError as error:
             problems += error.problems
             continue
         results.append(result)
-        if result.state == "finished" and (flat := _flat(run.own, run.processes)) is not None:
-            weights.add(flat.final_weights)
+        weights |= final_weights
     if problems:
         raise RunError(problems)
     return Collected(mapping, results, weights)
@@ -101,7 +100,8 @@ def _flat(config: TrainingConfig | FinetuneConfig | None, devices: int) -> Train
     return config.as_sft(devices) if isinstance(config, FinetuneConfig) else config
 
 
-def _result(run: Generated, row: Row) -> RunResult:
+def _result(run: Generated, row: Row) -> tuple[RunResult, set[str]]:
+    """A run, and if it has finished, which weights its final folder holds. Raises RunError."""
     settings = {name: value for name, value in run.entry["params"].items() if name not in SEED_NAMES}
     seeds = [run.entry["seed"], *(run.entry["params"].get(name) for name in SEED_NAMES)]
     seed = next((seed for seed in seeds if seed is not None), None)
@@ -110,17 +110,21 @@ def _result(run: Generated, row: Row) -> RunResult:
     folder = Path(row.folder) if row.folder is not None else None
     status = read_status(folder) if folder is not None else None
     if folder is None or status is None:
-        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, row.reason, {}, {}, {}, {})
+        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, row.reason, {}, {}, {}, {}), set()
     facts = (starts_of(folder) or [{}])[-1]
     devices = facts.get("devices") or run.processes
     if (foreign := _foreign(run, folder, devices, state)) is not None:
-        return RunResult(run.entry["id"], arm, settings, seed, row.folder, OTHER_SETTINGS, foreign, {}, {}, {}, facts)
+        state = OTHER_SETTINGS
+        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, foreign, {}, {}, {}, facts), set()
     curves = _curves(folder)
-    flat = _flat(run.own, devices)
+    own = recorded(folder, type(run.own)) if run.own is not None and (folder / "config.toml").is_file() else run.own
+    flat = _flat(own, devices)
     budget = _budget(run, flat, devices, status, curves, facts)
-    metrics, reason = _final(folder, curves, flat) if state == "finished" else ({}, row.reason)
-    curves = {name: _finite(curve) for name, curve in curves.items()}
-    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, metrics, curves, budget, facts)
+    is_finished = state == "finished"
+    metrics, reason = _final(folder, status, curves, flat) if is_finished else ({}, row.reason)
+    found = (metrics, {name: _finite(curve) for name, curve in curves.items()}, budget, facts)
+    weights: set[str] = {flat.final_weights} if flat is not None and is_finished else set()
+    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, *found), weights
 
 
 def _foreign(run: Generated, folder: Path, devices: int, state: str) -> str | None:
@@ -135,23 +139,20 @@ def _foreign(run: Generated, folder: Path, devices: int, state: str) -> str | No
         is_same = digest(file.read_bytes()) == run.entry["sha256"]
         return None if is_same else f"{file} is not the config that the mapping names"
     try:
-        return difference(folder, run.own, devices)
+        return difference(folder, run.own, devices, run.entry["params"])
     except ConfigError as error:
-        return f"{file}: {error}"
+        return str(error)
 
 
 def _curves(folder: Path) -> dict[str, Curve]:
     """Every number of metrics.jsonl, also those that are no finite ones."""
     curves: dict[str, Curve] = {}
     for line in read_metrics(folder):
-        step = line.get("step") if isinstance(line, dict) else None
-        if type(step) is not int:
-            continue
         for name, value in line.items():
             if (type(value) is float or type(value) is int) and name != "step":
                 if name not in curves:
                     curves[name] = []
-                curves[name].append((step, value))
+                curves[name].append((line["step"], value))
     return curves
 
 
@@ -161,13 +162,21 @@ def _finite(curve: Curve) -> Curve:
     return [(step, value) for step, value in curve if math.isfinite(value)]
 
 
-def _final(folder: Path, curves: dict[str, Curve], config: TrainingConfig | None) -> tuple[dict[str, float], str]:
-    """Each metric's final value, and which of them are no numbers and so left out. Raises RunError."""
+def _final(
+    folder: Path, status: Mapping[str, Any], curves: dict[str, Curve], config: TrainingConfig | None
+) -> tuple[dict[str, float], str]:
+    """Each metric's final value, and which of them are no numbers and so left out. Raises RunError.
+
+    Our own trainers log the last step: metrics that end before it are not those of the weights in final/.
+    """
     evaluation = read_evaluation(folder)
     if twice := sorted(evaluation.keys() & curves.keys()):
         raise RunError(
             f"{folder / 'evaluation.json'}: {', '.join(twice)}: metrics.jsonl has that name too: choose another"
         )
+    last, steps = max((curve[-1][0] for curve in curves.values()), default=0), status.get("step") or 0
+    if config is not None and last < steps:
+        return evaluation, f"metrics.jsonl ends at step {last} of {steps}: some of it is lost"
     values = {name: final_value(name, curve, config) for name, curve in curves.items()} | evaluation
     lost = [name for name, value in values.items() if not math.isfinite(value)]
     finite = {name: value for name, value in values.items() if math.isfinite(value)}

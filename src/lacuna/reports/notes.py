@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from lacuna.flags import shown
+from lacuna.reports.metric import VALIDATION
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
@@ -29,8 +30,9 @@ def notes_of(
     """A sentence each."""
     if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
         yield f"{counted(len(foreign), 'folder')} with a run of other settings, which counts nowhere: {some(foreign)}"
+    yield from _incomparable([run for run in runs if metric in run.metrics], metric)
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
-        yield f"{counted(len(lost), 'finished run')} without a finite {metric}, not counted: {some(lost, ', ')}"
+        yield f"{counted(len(lost), 'finished run')} without a number for {metric}, not counted: {some(lost, ', ')}"
     if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:
         yield "not all arms have the same finished seeds: arms are compared over the seeds that both have"
     for budget in BUDGETS:
@@ -51,8 +53,35 @@ def notes_of(
     yield from _surroundings([run.facts for run in runs if run.metrics])
 
 
+def _incomparable(runs: Sequence[RunResult], metric: str) -> Iterator[str]:
+    """Losses are per token of the data that they are measured on."""
+    if not metric.endswith(("loss", "perplexity")):
+        return
+    if len({run.facts.get("tokenizer_sha256") for run in runs} - {None}) > 1:
+        yield f"runs have different tokenizers: {metric} is per token, and tells nothing of which run is better"
+    elif len({_measured_on(run, metric) for run in runs}) > 1:
+        yield f"runs have their {metric} from different data, so it tells little of which run is better"
+
+
+def _measured_on(run: RunResult, metric: str) -> tuple[str, ...]:
+    """The data of a run's metric: hashes of its files, and the share of them that was kept for validation."""
+    entries = run.facts.get("data_files") or []
+    own = [entry for entry in entries if entry.get("use") == "validation"] if metric == VALIDATION else []
+    shares = [f"{name}={value}" for name, value in run.settings.items() if name.endswith("validation_share")]
+    return (*(known or name for name, known in map(_input, own or entries)), *shares)
+
+
 def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What differs between the machines that runs were made on."""
+    """What differs between the machines that runs were made on, and what changed on them between two runs."""
+    inputs: dict[str, set[str]] = {}
+    for name, value in (pair for one in facts for pair in _inputs(one)):
+        inputs.setdefault(name, set()).update([value] if value is not None else [])
+    if changed := [name for name, values in inputs.items() if len(values) > 1]:
+        yield f"not all runs were made from the same files: {some(changed)} changed between two runs"
+    for place, words in (("git", "the git repository that they were started in"), ("lacuna_git", "lacuna's source")):
+        commits = {(one[place].get("commit"), one[place].get("diff_sha256")) for one in facts if one.get(place)}
+        if len(commits) > 1:
+            yield f"runs were made at {len(commits)} different states of {words}"
     devices = sorted({str(one["device"]) for one in facts if one.get("device")})
     if len(devices) > 1:
         yield f"runs were made on different devices: {', '.join(devices)}"
@@ -61,6 +90,17 @@ def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         versions = sorted({str(one.get(name, "none")) for one in packages})
         if len(versions) > 1:
             yield f"runs were made with different versions of {name}: {', '.join(versions)}"
+
+
+def _inputs(facts: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Each input of a run by its name, with the hash of what is in it."""
+    yield from map(_input, facts.get("data_files") or [])
+    for name, value in (("model", "weights_fingerprint"), ("tokenizer", "tokenizer_sha256")):
+        yield f"{name} {facts.get(name)}", facts.get(value)
+
+
+def _input(entry: Mapping[str, Any]) -> tuple[str, str | None]:
+    return str(entry.get("path", entry.get("hub"))), entry.get("sha256") or entry.get("commit")
 
 
 def _difference(budget: str, runs: Sequence[RunResult]) -> Iterator[str]:

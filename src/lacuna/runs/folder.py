@@ -30,16 +30,22 @@ OUTPUT_LOG = "output.log"
 
 KEPT = ("loss", "tokens_per_second", "restarts")
 """What a status says until it says something newer."""
+NUMBERS = ("time", "seconds", "loss", "tokens_per_second")
+COUNTS = ("step", "total_steps", "process", "restarts")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there with all its text, or as it was before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -122,9 +128,18 @@ def write_config(folder: Path, config: BaseModel) -> str:
 
 
 def starts_of(folder: Path) -> list[dict[str, Any]]:
-    """The entries of provenance.json, one for each start of the run."""
+    """The entries of provenance.json, one for each start of the run. Raises RunError where it cannot be read."""
     path = folder / "provenance.json"
-    return list(json.loads(path.read_text())["starts"]) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        starts: list[dict[str, Any]] = json.loads(path.read_bytes())["starts"]
+        is_whole = all(type(start.get("devices") or 1) is int for start in starts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise RunError(f"{path}: is damaged, so nothing says what the run was made of: restore it, or move it away")
+    return starts
 
 
 def job_of(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -158,4 +173,8 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         status = json.loads((folder / "status.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return status if isinstance(status, dict) else None
+    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
+        return None
+    kinds = {**dict.fromkeys(NUMBERS, (float, int)), **dict.fromkeys(COUNTS, (int,))}
+    is_whole = all(status.get(name) is None or type(status[name]) in allowed for name, allowed in kinds.items())
+    return status if is_whole else None

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,16 +12,18 @@ from lacuna.runs.folder import write_whole
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines; a line that a crash cut off is left out."""
+    """All whole lines of a step; a line that a crash cut off is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            values = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            lines.append(values)
     return lines
 
 
@@ -43,10 +46,17 @@ def read_evaluation(folder: Path) -> dict[str, float]:
         raise RunError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise RunError(f'{path}: should be one JSON object of numbers, such as {{"accuracy": 0.81}}')
-    wrong = [name for name, value in values.items() if type(value) not in (int, float) or not math.isfinite(value)]
-    if wrong:
+    numbers = {name: _finite(value) for name, value in values.items()}
+    if wrong := [name for name, number in numbers.items() if number is None]:
         raise RunError([f"{path}: {name!r} is {values[name]!r}, which is no finite number" for name in wrong])
-    return {name: float(value) for name, value in values.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _finite(value: Any) -> float | None:
+    """A number as a float that is finite; None for anything else."""
+    with suppress(OverflowError):
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    return None
 
 
 class MetricsLog:

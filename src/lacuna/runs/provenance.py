@@ -30,8 +30,8 @@ PACKAGES = (
     "bitsandbytes", "flash-attn", "triton", "torchtune", "torchao",
 )  # fmt: skip
 FIELDS = (
-    "time", "command", "trainer", "recipe", "resume", "packages", "python", "platform", "git", "config_files",
-    "config_sha256", "experiment", "data_files", "data_sha256", "tokenizer", "tokenizer_sha256",
+    "time", "command", "trainer", "recipe", "resume", "packages", "python", "platform", "git", "lacuna_git",
+    "config_files", "config_sha256", "experiment", "data_files", "data_sha256", "tokenizer", "tokenizer_sha256",
     "chat_template_sha256", "model", "model_revision", "model_commit", "initialise", "weights_fingerprint",
     "parent_run", "parameters", "trained_parameters", "device", "device_memory", "devices", "cpu", "cores",
     "host_memory", "cuda", "driver", "precision", "attention", "compile", "activation_checkpointing", "seed",
@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+HERE = Path(__file__).parent.parent
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 SLURM = {
     "array_task": "SLURM_ARRAY_TASK_ID", "nodes": "SLURM_NNODES", "restarts": "SLURM_RESTART_COUNT",
@@ -74,7 +75,8 @@ def software() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
-        "git": _git_state(),
+        "git": _git_state(Path()),
+        "lacuna_git": _git_state(HERE) if _is_checkout(HERE) else None,
     }
 
 
@@ -85,12 +87,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the working directory, whether it has uncommitted changes, and the SHA-256 of those to known files;
+def _is_checkout(folder: Path) -> bool:
+    """Whether a repository has the files of the folder; one of an environment inside a repository, it has not."""
+    try:
+        known = subprocess.run(["git", "ls-files", "__init__.py"], cwd=folder, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return bool(known)
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of a folder's repository, whether it has uncommitted changes, and the SHA-256 of those to known files;
     None outside a repository."""
     try:
         commit, changes, difference = (
-            subprocess.run(["git", *words], capture_output=True, check=True).stdout
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, check=True).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"], ["diff", "--binary", "HEAD"])
         )
     except (OSError, subprocess.CalledProcessError):

@@ -24,6 +24,8 @@ COMPARED = (
     "model_commit", "weights_fingerprint", "parent_run",
 )  # fmt: skip
 
+NEEDED = ("trainer", "command", "experiment", "config_files", "device", "tokenizer", "packages", "git", "data_files")
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -41,7 +43,7 @@ class Replay:
 
 
 def replay(run: str | Path) -> Replay:
-    """Raises RunError: no run, one without provenance, or its config was edited since it started."""
+    """Raises RunError: no run, one without its provenance, or its config was edited since it started."""
     folder = Path(run)
     kept = next((file for name in ("config.toml", "config.yaml") if (file := folder / name).is_file()), None)
     if kept is None:
@@ -49,6 +51,8 @@ def replay(run: str | Path) -> Replay:
     start: dict[str, Any] = (starts_of(folder) or [{}])[-1]
     if start.get("config_sha256") is None:
         raise RunError(f"{folder / 'provenance.json'}: holds no hash of the config, so nothing proves it is the run's")
+    if missing := [name for name in NEEDED if name not in start]:
+        raise RunError(f"{folder / 'provenance.json'}: says nothing of {', '.join(missing)}: it cannot be compared")
     content = kept.read_bytes()
     if hashlib.sha256(content).hexdigest() != start["config_sha256"]:
         raise RunError(f"{kept}: was edited since the run started: its SHA-256 is not {start['config_sha256']}")
@@ -106,8 +110,11 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = [_line(name, then[name], now[name]) for name in COMPARED if name in then and name in now]
     packages = sorted({*then["packages"], *now["packages"]})
     lines += [_line(f"package {name}", then["packages"].get(name), now["packages"].get(name)) for name in packages]
-    commits = [(git or {}) for git in (then["git"], now["git"])]
-    lines += [_line(f"git {name}", *(git.get(name) for git in commits)) for name in ("commit", "diff_sha256")]
+    for place in ("git", "lacuna_git"):
+        states = [facts.get(place) or {} for facts in (then, now)]
+        lines += [
+            _line(f"{place} {name}", *(state.get(name) for state in states)) for name in ("commit", "diff_sha256")
+        ]
     files = [{_place(entry): entry for entry in facts["data_files"]} for facts in (then, now)]
     for place in dict.fromkeys([*files[0], *files[1]]):
         entries = [found.get(place, {}) for found in files]

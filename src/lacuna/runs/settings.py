@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.experiment.parameters import find_path
 from lacuna.runs.folder import starts_of
 from lacuna.runs.metrics import read_metrics
+
+Config = TypeVar("Config", bound=TrainingConfig | FinetuneConfig)
 
 
 def has_run(folder: Path) -> bool:
@@ -17,17 +20,31 @@ def has_run(folder: Path) -> bool:
     return is_begun and (any(folder.glob("checkpoints/step-*")) or bool(read_metrics(folder)))
 
 
-def difference(folder: Path, config: TrainingConfig | FinetuneConfig, processes: int) -> str | None:
+def recorded(folder: Path, kind: type[Config]) -> Config:
+    """The config that the folder's run was started with last. Raises ConfigError where it is none of this kind."""
+    return check(kind, *merge_layers([read_layer(folder / "config.toml")], []))
+
+
+def difference(
+    folder: Path, config: TrainingConfig | FinetuneConfig, processes: int, varied: Iterable[str] = ()
+) -> str | None:
     """What makes the folder's run another one than the config's; None where it is the same.
 
-    processes: that the config's run has. Raises ConfigError where the folder's config.toml cannot be read.
+    processes: that the config's run has. varied: names that an experiment varies: its runs are told apart by them, so
+    they must be equal, also where a resumed run may change them.
+    Raises ConfigError where the folder's config.toml cannot be read.
     """
-    values, origins = merge_layers([read_layer(folder / "config.toml")], [])
-    if values.get("trainer") != config.model_dump()["trainer"]:
-        return f"output_dir {folder} holds a {values.get('trainer')} run"
-    before = check(type(config), values, origins).settings((starts_of(folder) or [{}])[-1].get("devices", 1))
-    different = changes(before, config.settings(processes), config.may_change)
+    trainer, found = config.model_dump()["trainer"], read_layer(folder / "config.toml").values.get("trainer")
+    if found != trainer:
+        return f"output_dir {folder} holds a {found} run"
+    before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices") or 1)
+    fixed = {leaf for name in varied for leaf in _settings_under(find_path(name, trainer, {})[0], before)}
+    different = changes(before, config.settings(processes), config.may_change - fixed)
     return f"the run in {folder} has other settings ({different})" if different else None
+
+
+def _settings_under(path: str, settings: Iterable[str]) -> list[str]:
+    return [name for name in settings if name == path or name.startswith(f"{path}.")]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str]) -> str:

@@ -99,6 +99,8 @@ def _row(
     active = queue.jobs.get(job or "")
     active = None if active is not None and active.is_over else active
     folder = str(place.folder) if place.folder is not None else None
+    if status is None and place.folder is not None and (place.folder / "status.json").exists():
+        return Row(place.run, folder, "died", job=job, reason="status.json cannot be read; starting the run mends it")
     if status is None:
         state, reason = _unstarted(place, queue.time, active, past.get(job or ""))
         return Row(place.run, folder, state, job=job, reason=reason)
@@ -174,13 +176,10 @@ def _run_folders(folder: str, depth: int) -> Iterator[str]:
 
 
 def _of_mapping(mapping: RunMapping) -> list[Place]:
-    """Folders are relative to where the jobs were submitted, or else to the working directory."""
     submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
-    directory = Path(submissions[-1].directory) if submissions else Path()
     tasks = {done.offset + task: (done, task) for done in submissions for task in done.numbers()}
     return [
-        Place(run, directory / Path(folder).expanduser() if folder is not None else None, *tasks.get(index, (None, 0)))
-        for index, (run, folder) in enumerate(mapping.places)
+        Place(run, mapping.folder(index), *tasks.get(index, (None, 0))) for index, (run, _) in enumerate(mapping.places)
     ]
 
 

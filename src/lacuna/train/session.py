@@ -18,7 +18,7 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, RunError
 from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status
-from lacuna.runs.metrics import validation_losses
+from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.runs.settings import changes, difference, has_run
 from lacuna.train.checkpoint import damage, newest_whole, read_state
 from lacuna.train.distributed import World
@@ -104,8 +104,11 @@ def _finish_status(folder: Path, state: str, reason: str, **more: Any) -> None:
 
 
 def _last_step(folder: Path) -> dict[str, Any]:
-    status = read_status(folder) or {}
-    return {"step": status.get("step", 0), "total_steps": status.get("total_steps")}
+    """By status.json; where that was lost, by what else the folder holds."""
+    if (status := read_status(folder)) is not None:
+        return {"step": status.get("step", 0), "total_steps": status.get("total_steps")}
+    step = max((line["step"] for line in read_metrics(folder)), default=0)
+    return {"step": step, "total_steps": (starts_of(folder) or [{}])[-1].get("total_steps")}
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lacuna.cli import lacuna
 from lacuna.config.files import flag_name
 from lacuna.config.training import FLAT as TRAINERS
 
@@ -100,6 +101,12 @@ def test_help_lists_every_setting_with_its_words_and_default(trainer: str) -> No
         found = re.search(rf" {flag_name(name)} (?:\[[\w|]+\]|INTEGER|NUMBER|TEXT) (.*?\])(?= --|$)", text)
         assert found, name
         assert found[1].replace(" ", "") == re.sub(r"-\s+", "-", words).replace(" ", "")
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    listed = run("lacuna", "--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(lacuna.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 
 def test_help_names_numbers_choices_and_booleans_as_such() -> None:

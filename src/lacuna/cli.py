@@ -282,6 +282,31 @@ for around in (
     lacuna.add_command(around)
 
 
+SHORT_HELP = {
+    "chat": "Talk to a model: a run, a folder, or behind an endpoint.",
+    "compare": "Several models' answers to the same prompts.",
+    "data": "Show what the model will see of the data.",
+    "doctor": "Try what training needs here, and say how to mend it.",
+    "explain": "Where each setting of a config comes from.",
+    "finetune": "LoRA and QLoRA: train an adapter.",
+    "generate": "Write the config of every run of an experiment.",
+    "merge": "Merge an adapter into the weights of its model.",
+    "plan": "Memory, time, tokens and disk, before the run.",
+    "presets": "List the shipped configs.",
+    "pretrain": "Next-token prediction on plain text.",
+    "recipes": "List torchtune's configs.",
+    "replay": "Write a run's config again, and say what has changed.",
+    "report": "Compare the arms of an experiment, with a verdict.",
+    "run": "Run what is missing of an experiment.",
+    "sft": "Supervised fine-tuning on conversations.",
+    "slurm": "Write and submit batch scripts.",
+    "start": "Become one run: what a SLURM job calls.",
+    "status": "Every run's state, step, loss and speed.",
+}
+for name, text in SHORT_HELP.items():
+    lacuna.commands[name].short_help = text
+
+
 def run(command: click.Command) -> None:
     """Run a command; what the user can mend ends in one message and exit code 2."""
     debug = not {"--verbose", "-v"}.isdisjoint(sys.argv) or os.environ.get("LACUNA_DEBUG") == "1"

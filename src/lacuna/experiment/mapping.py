@@ -61,7 +61,8 @@ def read_mapping(path: str | Path) -> RunMapping:
     try:
         head, _, body = file.read_bytes().partition(b"\n")
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        wanted = "the folder or the run_mapping.yaml that `lacuna generate EXPERIMENT.yaml --output DIR` writes"
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}; it takes {wanted}") from None
     if head != SEAL + digest(body).encode():
         raise ConfigError(f"{file}: not as `lacuna generate` wrote it: generate it again")
     experiment, _, runs = body.decode().partition("\nruns:\n")

@@ -187,8 +187,8 @@ def test_ctrl_c_saves_all_runs_and_the_next_call_goes_on(
 ) -> None:
     base = {
         "trainer": "pretrain", "model_name": str(model_folder), "dataset": str(text_file), "output_dir": "ignored",
-        "sequence_length": 64, "batch_size": 4, "micro_batch_size": 4, "steps": 1000, "device": "cpu", "log_every": 1,
-        "initialise": "random", "save_every": 500,
+        "sequence_length": 64, "batch_size": 4, "micro_batch_size": 4, "steps": 100_000, "device": "cpu",
+        "initialise": "random", "log_every": 1, "save_every": 50_000,
     }  # fmt: skip
     Path("base.yaml").write_text(dump_yaml(base))
     write("e.yaml", seeds=[1, 2, 3])
@@ -200,7 +200,7 @@ def test_ctrl_c_saves_all_runs_and_the_next_call_goes_on(
     assert "\n3 runs: 2 interrupted, 1 not started\n" in output
     assert "stopped; 2 runs are saved; go on with: lacuna run configs --jobs 2\n" in output
     stopped = step("run_000")
-    assert 5 <= stopped < 1000
+    assert 5 <= stopped < 100_000
     for number in (0, 1):
         log = Path(f"runs/run_00{number}/output.log").read_text()
         assert log.count("stopped after step") == 1

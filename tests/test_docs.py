@@ -342,11 +342,11 @@ def test_the_errors_that_the_readme_shows(tmp_path: Path) -> None:
 
 
 def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_path: Path) -> None:
-    chats = write_chat(checkout / "my_chats.jsonl", rows=400)
+    chats = write_chat(checkout / "my_chats.jsonl", rows=1500)
     assert json.loads(chats.read_text().splitlines()[0]).keys() == {"messages"}
     home = {"HF_ENDPOINT": hub_endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     seen = call("lacuna data my_chats.jsonl --config configs/sft_qwen.toml", checkout, **home)
-    assert "documents  400" in seen
+    assert "documents  1,500" in seen
     planned = call("lacuna plan configs/sft_qwen.toml --device h100", checkout, **home)
     assert "at the peak of a step: fits" in planned
     printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)

@@ -1,10 +1,9 @@
 """Which devices runs that go on at the same time get: without torch."""
 
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 
 from lacuna.errors import ConfigError
+from lacuna.platform.detect import nvidia_smi
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:
@@ -12,13 +11,7 @@ def visible_devices(environment: Mapping[str, str]) -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in environment:
         named = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",")]
         return [name for name in named if name not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return []
+    return nvidia_smi("index")
 
 
 def shares(

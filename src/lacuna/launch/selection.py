@@ -8,9 +8,9 @@ from typing import Any
 from lacuna.config.files import did_you_mean
 from lacuna.config.trainers import load_trainer_config
 from lacuna.errors import ConfigError, LacunaError, RunError
-from lacuna.experiment.folder import digest
 from lacuna.experiment.mapping import RunMapping
 from lacuna.flags import shown
+from lacuna.launch.start import digest_of
 from lacuna.runs.folder import read_status, refuse_foreign_folder
 from lacuna.runs.settings import difference, has_run
 
@@ -65,11 +65,7 @@ def plan(mapping: RunMapping, indices: Iterable[int]) -> tuple[list[Planned], li
 def _planned(mapping: RunMapping, index: int) -> Planned:
     entry = mapping.entry(index)
     config = mapping.file.with_name(entry["config"])
-    try:
-        found = digest(config.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{config}: cannot be read: {error.strerror}") from None
-    if found != entry["sha256"]:
+    if digest_of(config) != entry["sha256"]:
         raise ConfigError(f"{config}: was changed since it was generated: generate it again")
     if (folder := mapping.folder(index)) is None:
         raise ConfigError("it has no output_dir, by which it could be known again: give the experiment one")

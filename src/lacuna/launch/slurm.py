@@ -131,8 +131,9 @@ def _jobs_of_mapping(
 ) -> list[Job]:
     head = mapping.head
     is_torchtune = head["trainer"] == "torchtune"
-    processes = head["gpus"] if is_torchtune else max(map(processes_of, distinct_configs(mapping)))
-    gpus = _gpus(settings, processes, read_layer(distinct_configs(mapping)[0]).values)
+    configs = distinct_configs(mapping)
+    processes = head["gpus"] if is_torchtune else max(map(processes_of, configs))
+    gpus = _gpus(settings, processes, read_layer(configs[0]).values)
     if settings.nodes > 1 and "single_device" in str(head.get("recipe")):
         raise ConfigError(
             f"slurm: nodes is {settings.nodes}, but {head['recipe']} is for one device: set gpus: 2 or more"

@@ -52,7 +52,7 @@ def find_task(target: str, index: int | None, sha256: str | None) -> Task:
         _refuse_change(mapping.file, mapping.sha256, sha256)
         entry = mapping.entry(index)
         config = mapping.file.with_name(entry["config"])
-        _refuse_change(config, _digest_of(config), entry["sha256"])
+        _refuse_change(config, digest_of(config), entry["sha256"])
         head = mapping.head
         if head["trainer"] == "torchtune":
             return Task("torchtune", config, head["gpus"], head.get("recipe"), entry["output_dir"])
@@ -61,7 +61,7 @@ def find_task(target: str, index: int | None, sha256: str | None) -> Task:
     if index is not None:
         raise ConfigError(f"{target} is one config, and has no run {index}")
     trainer = config_trainer(config)
-    _refuse_change(config, _digest_of(config), sha256)
+    _refuse_change(config, digest_of(config), sha256)
     return Task(trainer, config, processes_of(config))
 
 
@@ -84,7 +84,8 @@ def processes_of(config: Path) -> int:
     return gpus if isinstance(gpus, int) else 1
 
 
-def _digest_of(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """Raises ConfigError where the file cannot be read."""
     try:
         return digest(file.read_bytes())
     except OSError as error:

@@ -172,14 +172,19 @@ def cgroup_limits(root: Path) -> tuple[float | None, int | None]:
 
 def nvidia_driver() -> str | None:
     """Its version; None where there is no NVIDIA GPU, or no driver for it."""
+    return next(iter(nvidia_smi("driver_version")), None)
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """What the driver answers for each GPU, values parted by commas, without units; nothing where there is none."""
     if shutil.which("nvidia-smi") is None:
-        return None
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return []
+    words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0] if answer else None
+        return []
+    return [line.strip() for line in answer.splitlines() if line.strip()]
 
 
 def accelerators() -> list[Device]:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from lacuna.errors import MissingExtraError
 from lacuna.experiment.merge import leaves
 from lacuna.reports.curves import plot_data
 from lacuna.reports.numbers import decimals, duration, full, interval, number, p_value, scale, text
-from lacuna.reports.results import BUDGET, Arm, Comparison, Report, RunResult
+from lacuna.reports.results import BUDGET, HOURS, Arm, Comparison, Report, RunResult
 from lacuna.runs.folder import write_whole
 
 HERE = Path(__file__).parent
@@ -25,7 +24,7 @@ CHOSEN = ("steps", "tokens", "targets", "batch_size", "packing", "epochs", "para
 """Names of a budget in which arms must not differ for a fair comparison; time and memory always differ a little."""
 MOST_VALUES = 12
 """Shown of a fact that differs between runs."""
-TOTALS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "tokens": "tokens trained on"}
+TOTALS = {**HOURS, "tokens": BUDGET["tokens"]}
 
 
 def write_page(report: Report, file: Path) -> None:
@@ -56,7 +55,7 @@ def write_page(report: Report, file: Path) -> None:
 
 def contents(report: Report) -> dict[str, Any]:
     """Everything that the template names, but scripts and style."""
-    arms = ordered(report)
+    arms = report.best_first()
     data = plot_data(report, arms)
     place = {arm.name: index for index, arm in enumerate(arms)}
     between_arms = sorted((c for c in report.comparisons if c.variable is None), key=lambda c: place[c.other])
@@ -88,12 +87,6 @@ def contents(report: Report) -> dict[str, Any]:
         "colour": lambda index: index % COLOURS,
         "dash": lambda index: index // COLOURS % DASHES,
     }
-
-
-def ordered(report: Report) -> list[Arm]:
-    """Arms by their mean, the best first; those without one last."""
-    sign = 1 if report.goal == "lowest" else -1
-    return sorted(report.arms, key=lambda arm: sign * arm.estimate.mean if arm.estimate is not None else math.inf)
 
 
 def as_script(data: Any) -> str:

@@ -1,5 +1,6 @@
 """What a report holds: plain data, the same for terminal, page, CSV and Python. Nothing here imports torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +43,9 @@ BUDGET = {
     "peak_memory_gib": "peak memory, GiB",
 }
 """Names of a run's budget, in the order in which they are shown; a name that is not known is absent."""
+
+HOURS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours"}
+"""Names of a report's totals that say what all runs have cost."""
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,8 @@ class Report:
     notes: tuple[str, ...]
     totals: Mapping[str, float]
     """Over all runs: gpu_hours or cpu_hours, tokens, runs, finished."""
+
+    def best_first(self) -> list[Arm]:
+        """Arms by their means; those without one last."""
+        sign = 1 if self.goal == "lowest" else -1
+        return sorted(self.arms, key=lambda arm: sign * arm.estimate.mean if arm.estimate is not None else math.inf)

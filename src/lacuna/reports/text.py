@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lacuna.flags import shown as shown_value
 from lacuna.reports.make import level_name
-from lacuna.reports.results import Arm, Estimate, Report, RunResult
+from lacuna.reports.results import HOURS, Arm, Estimate, Report, RunResult
 from lacuna.train.progress import format_duration
 
 MOST_ROWS = 40
@@ -29,7 +29,7 @@ def print_report(report: Report, console: Console) -> None:
             console.print(f"{name}: {said[name]}")
     console.print(f"\n{report.verdict}\n", style="bold green" if report.winner else "bold")
     console.print(f"{report.metric}, {report.goal} is best: {report.how}")
-    arms = _best_first(report)
+    arms = {_letter(place): arm for place, arm in enumerate(report.best_first())}
     _arms(report, arms, console)
     for effect in report.effects if len(report.effects) > 1 else ():
         rows = [(level_name(level), _mean(level.estimate), str(level.estimate.count)) for level in effect.levels]
@@ -83,14 +83,6 @@ def _mean(estimate: Estimate | None) -> str:
 def _letter(index: int) -> str:
     """A, B … Z, AA, AB …"""
     return (_letter(index // 26 - 1) if index >= 26 else "") + ascii_uppercase[index % 26]
-
-
-def _best_first(report: Report) -> dict[str, Arm]:
-    """Arms by their letters; those without a finished run last."""
-    sign = 1 if report.goal == "lowest" else -1
-    places = [(arm.estimate is None, sign * arm.estimate.mean if arm.estimate else 0.0) for arm in report.arms]
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    return {_letter(place): report.arms[index] for place, index in enumerate(order)}
 
 
 def _arms(report: Report, arms: Mapping[str, Arm], console: Console) -> None:
@@ -161,6 +153,3 @@ def _totals(report: Report) -> str:
     parts += [f"{totals['tokens']:,.0f} tokens"] if totals["tokens"] else []
     parts += [f"{totals[name]:.3g} {words}" for name, words in HOURS.items() if name in totals]
     return ", ".join(parts)
-
-
-HOURS = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from lacuna import __version__
 from lacuna.experiment.merge import MISSING, get
-from lacuna.platform.detect import Device
+from lacuna.platform.detect import Device, nvidia_smi
 from lacuna.runs.provenance import (
     PACKAGES,
     config_facts,
@@ -114,12 +114,10 @@ def torchtune_device(values: Mapping[str, Any]) -> Device:
     kind = str(values.get("device"))
     if kind != "cuda":
         return Device(kind, {"cpu": "CPU", "mps": "Apple GPU (MPS)"}.get(kind, kind))
-    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
-        name, memory = answer.splitlines()[0].rsplit(",", 1)
+        name, memory = nvidia_smi("name,memory.total")[0].rsplit(",", 1)
         return Device("cuda", name.strip(), int(memory) * 2**20)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return Device("cuda", "CUDA")
 
 

@@ -19,13 +19,7 @@ SHOWN_RUNS = 20
 @click.option("--output", metavar="DIR", default="configs", show_default=True, help="Where the configs go.")
 @click.option("--force", is_flag=True, help="Replace the configs of another experiment there.")
 @click.option("--no-validate", is_flag=True, help="Write configs that nobody has checked.")
-@click.option(
-    "--paths",
-    type=click.Choice(["check", "skip"]),
-    default="check",
-    show_default=True,
-    help="skip: files that are missing here are notes, for runs on another machine.",
-)
+@click.option("--strict", is_flag=True, help="Refuse what could not start here: otherwise that is a warning.")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -34,12 +28,16 @@ def generate(
     output: str,
     force: bool,
     no_validate: bool,
-    paths: str,
+    strict: bool,
     torchtune_python: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Write a complete config for each run of an experiment, and run_mapping.yaml."""
+    """Write a complete config for each run of an experiment, and run_mapping.yaml.
+
+    Runs may be for another machine: what is not on this one, and what would be refused when a run starts, are warnings.
+    """
+    from lacuna.experiment.folder import REPORT, warning_lines
     from lacuna.experiment.generator import generate as write
 
     if not output:
@@ -49,13 +47,17 @@ def generate(
         output,
         force=force,
         validate=not no_validate,
-        check_paths=paths == "check",
+        strict=strict,
         torchtune_python=torchtune_python,
     )
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
+    warnings = warning_lines(done.warnings, done.mapping["trainer"])
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
     if as_json:
-        click.echo(json.dumps({"output": done.output, "notes": done.notes, **done.mapping}, ensure_ascii=False))
+        said = {"output": done.output, "notes": done.notes, "warnings": warnings}
+        click.echo(json.dumps({**said, **done.mapping}, ensure_ascii=False))
         return
     click.echo(f"✓ Loaded base config: {done.base}")
     click.echo(f"✓ Generated {len(done.runs)} config{'s' * (len(done.runs) != 1)} in {done.output.rstrip('/')}/")
@@ -66,7 +68,11 @@ def generate(
     if len(done.runs) > SHOWN_RUNS:
         click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
     click.echo("✓ Created run_mapping.yaml")
-    click.echo(f"start one: {shlex.join(done.command)}", err=True)
+    if not warnings:
+        click.echo(f"start one: {shlex.join(done.command)}", err=True)
+    else:
+        report = os.path.join(done.output, REPORT)
+        click.echo(f"before a run starts, mend what is warned of; each run's warnings: {report}", err=True)
 
 
 @click.command(context_settings=HELP)

@@ -3,7 +3,8 @@
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from lacuna.experiment.loaders import Base, load_own, load_recipe
 from lacuna.experiment.merge import MISSING, copied, get, leaves, merge, nested, without
 from lacuna.experiment.parameters import find_path, place
 from lacuna.experiment.torchtune_data import KINDS
+from lacuna.experiment.torchtune_templates import with_todays_template
 from lacuna.runs.folder import write_whole
 
 READERS = ("instruct_dataset", "chat_dataset", "text_completion_dataset", "preference_dataset")
@@ -39,9 +41,10 @@ class TorchtuneConfigBuilder:
     def _start(self, base: Base, source: dict[str, Any]) -> None:
         self._base = base
         self._source = source
-        self._values = copied(base.values)
+        self._values, said = with_todays_template(copied(base.values))
         self._changes: list[dict[str, Any]] = []
         self._touched: set[str] = set()
+        _warn([said] if said else [])
 
     @classmethod
     def from_file(cls, path: str | Path, *, torchtune_python: str | None = None) -> Self:
@@ -90,8 +93,9 @@ class TorchtuneConfigBuilder:
                 values = merge(values, given)
         if problems:
             raise ConfigError(problems)
-        self._values = values
+        self._values, said = with_todays_template(values)
         self._touched |= touched
+        _warn([said] if said else [])
         self._changes.append({"override": copied(dict(overrides))})
         return self
 
@@ -139,14 +143,22 @@ class TorchtuneConfigBuilder:
             raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
         return path
 
-    def validate(self, *, check_paths: bool = True) -> Self:
-        """Run every check of `lacuna generate` on this config. Raises ConfigError with all problems."""
+    def validate(self, *, here: bool = False) -> Self:
+        """Run torchtune's validation, and look for what is wrong on every machine.
+
+        What torchtune would refuse when it starts, such as packing without a length, is a warning. here: that is an
+        error too, and so is what is not on this machine, such as the model and the data.
+
+        Raises ConfigError with all problems.
+        """
         base = replace(self._base, environment=self._base.environment or torchtune.need_environment(None))
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.yaml").write_text(dump_yaml(self._values), encoding="utf-8")
             problems = check_configs(base, {"config": self._values}, sorted(self._touched), Path(folder))
-        if errors := [problem for problem in problems if problem.stops(check_paths)]:
+        if errors := [problem for problem in problems if problem.kind == "wrong" or (here and problem.stops_a_start)]:
             raise ConfigError(summarise(errors))
+        refused = [problem for problem in problems if problem.kind == "start"]
+        _warn([f"torchtune would refuse to start {line}" for line in summarise(refused)])
         return self
 
     def with_dataset(self, path: str) -> Self:
@@ -181,7 +193,8 @@ class TorchtuneConfigBuilder:
     def with_dataset_template(self, template: str) -> Self:
         """Set how prompts are written (scientific): the dotted path of a template, such as
         torchtune.data.SummarizeTemplate. torchtune 0.6.1 reads it from `tokenizer.prompt_template`, which is what
-        this writes; Alpaca's format is a dataset there, torchtune.datasets.alpaca_dataset."""
+        this writes. A template that torchtune had in 0.2 and has no longer, such as
+        torchtune.data.AlpacaInstructTemplate, is written as what gives the same prompts, with a warning."""
         _expect_text(template, "template")
         return self.override({"+prompt_template": template})
 
@@ -252,6 +265,11 @@ class TorchtuneConfigBuilder:
         """Use torch.compile on model and loss: faster after a slow first step (engineering)."""
         _expect(enabled, bool, "enabled")
         return self.override({"compile": enabled})
+
+
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=3)
 
 
 def _expect(value: Any, kind: type, name: str) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lacuna.config.finetune import IN_SFT, FinetuneConfig
 from lacuna.data.formats import find_files, peek, read_file
@@ -15,27 +15,32 @@ from lacuna.data.schemas import detect_schema
 from lacuna.errors import DataError, MissingExtraError
 from lacuna.experiment.merge import MISSING, get, leaves
 from lacuna.experiment.parameters import parameters, value_problem
-from lacuna.experiment.torchtune_data import LOCAL, UNCERTAIN, check_dataset
+from lacuna.experiment.torchtune_data import check_dataset
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""
 PLACES = (*FILES, "output_dir", "log_dir", "checkpoint_dir", "data_files")
 
 
+Kind = Literal["wrong", "start", "here", "unsure"]
+"""wrong: everywhere, and where the trainer would not notice it, it would train something else. start: the trainer
+refuses it by itself when it starts. here: not on this machine, but it may be on the one that trains. unsure: may be
+right, so it is said and stops nothing."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """is_local: about this machine's files, which may be right on another one. is_certain: otherwise it is said, but
-    stops nothing."""
+    """One thing that is wrong with one run's config, and what to do about it."""
 
     run: str
     path: str
     what: str
     todo: str
-    is_local: bool = False
-    is_certain: bool = True
+    kind: Kind = "wrong"
 
-    def stops(self, check_paths: bool) -> bool:
-        return self.is_certain and (check_paths or not self.is_local)
+    @property
+    def stops_a_start(self) -> bool:
+        return self.kind != "unsure"
 
 
 def check_run(trainer: str, run: str, values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
@@ -67,7 +72,7 @@ def _our_data(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[
         try:
             files = find_files(values[name], kind, wanted_split) if isinstance(values.get(name), str) else None
         except DataError as error:
-            yield Problem("", place, str(error), "correct the path", is_local=True)
+            yield Problem("", place, str(error), "correct the path", "here")
             continue
         try:
             first, _ = peek(row for file in files or () for row in read_file(file, kind))
@@ -78,32 +83,31 @@ def _our_data(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[
             continue
         except DataError as error:
             schema = places.get("dataset_schema", "dataset_schema")
-            yield Problem("", place, str(error), f"correct the file, or {schema}")
+            yield Problem("", place, str(error), f"correct the file, or {schema}", "start")
     template = values.get("chat_template")
     if isinstance(template, str) and not Path(template).is_file():
         place = places.get("chat_template", "chat_template")
-        yield Problem("", place, f"there is no file {template}", "correct the path", is_local=True)
+        yield Problem("", place, f"there is no file {template}", "correct the path", "here")
 
 
 def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
     if isinstance(dtype := values.get("dtype"), str) and dtype not in ("bf16", "fp16", "fp32"):
-        yield Problem("", "dtype", f"is {dtype!r}, which torchtune does not know", "write bf16 or fp32")
+        yield Problem("", "dtype", f"is {dtype!r}, which torchtune does not know", "write bf16 or fp32", "start")
     for section, node in values.items():
         if isinstance(node, dict) and section.endswith("checkpointer"):
             yield from _checkpointer(values, section, node)
         elif isinstance(node, dict) and section == "tokenizer":
             for name in FILES:
                 if isinstance(file := _resolved(values, node.get(name)), str) and not Path(file).is_file():
-                    yield Problem(
-                        "", f"tokenizer.{name}", f"there is no file {file}", "download it, or correct it", True
-                    )
+                    what = f"there is no file {file}"
+                    yield Problem("", f"tokenizer.{name}", what, "download it, or correct the path", "here")
     data = values.get("dataset")
     for index, part in enumerate(data if isinstance(data, list) else [data]):
         place = f"dataset.{index}" if isinstance(data, list) else "dataset"
         looked_up = {key: _resolved(values, value) for key, value in part.items()} if isinstance(part, dict) else {}
         for below, what, todo, kind in check_dataset(values, looked_up, gpus):
             path = below[1:] if below.startswith("/") else f"{place}.{below}"
-            yield Problem("", path, what, todo, is_local=kind == LOCAL, is_certain=kind != UNCERTAIN)
+            yield Problem("", path, what, todo, kind)
     for path, value in leaves(values):
         is_place = path.rpartition(".")[2] in PLACES and isinstance(value, str)
         if is_place and (value.startswith("~") or re.search(r"\$\w", value)):
@@ -112,7 +116,7 @@ def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
     output = _resolved(values, values.get("output_dir"))
     if values.get("resume_from_checkpoint") is True and isinstance(output, str) and not _holds_something(output):
         what = f"there is nothing to resume in {output}, the folder of this run"
-        yield Problem("", "resume_from_checkpoint", what, "set it to false", True)
+        yield Problem("", "resume_from_checkpoint", what, "set it to false", "here")
 
 
 def _holds_something(folder: str) -> bool:
@@ -135,7 +139,7 @@ def _checkpointer(values: Mapping[str, Any], section: str, node: Mapping[str, An
     files = node.get("checkpoint_files")
     if isinstance(files, dict) and not {"filename_format", "max_filename"} <= set(files):
         what = f"is {files}, and needs filename_format and max_filename"
-        yield Problem("", f"{section}.checkpoint_files", what, "give both, or a list of files")
+        yield Problem("", f"{section}.checkpoint_files", what, "give both, or a list of files", "start")
     folder = _resolved(values, node.get("checkpoint_dir"))
     output = _resolved(values, node.get("output_dir"))
     if not isinstance(folder, str):
@@ -145,12 +149,13 @@ def _checkpointer(values: Mapping[str, Any], section: str, node: Mapping[str, An
         if inner == outer or outer in inner.parents:
             yield Problem(
                 "", f"{section}.output_dir", f"{output} is inside checkpoint_dir {folder}, which torchtune refuses",
-                "choose an output_dir elsewhere",
+                "choose an output_dir elsewhere", "start",
             )  # fmt: skip
     if not Path(folder).is_dir():
-        yield Problem("", f"{section}.checkpoint_dir", f"there is no folder {folder}", "download the model there", True)
+        what = f"there is no folder {folder}"
+        yield Problem("", f"{section}.checkpoint_dir", what, "download the model there, or correct the path", "here")
         return
     for name in files if isinstance(files, list) else []:
         if isinstance(name, str) and not Path(folder, name).is_file():
             what = f"there is no file {Path(folder, name)}"
-            yield Problem("", f"{section}.checkpoint_files", what, "correct the names or the folder", True)
+            yield Problem("", f"{section}.checkpoint_files", what, "correct the names or the folder", "here")

@@ -24,6 +24,7 @@ from lacuna.experiment.parameters import (
 )
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
+from lacuna.experiment.torchtune_templates import with_todays_template
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def design(source: str | Path | Mapping[str, Any], torchtune_python: str | None 
     wrong.update(dict.fromkeys(f"{layer.name}: {problem}" for problem in _collisions(base.trainer, runs, touched)))
     if wrong:
         raise ConfigError(list(wrong))
-    notes = [*base.notes, *find_confounds(base, [run.values for run in runs])]
+    notes = [*base.notes, *composer.translated, *find_confounds(base, [run.values for run in runs])]
     return Design(experiment, base, runs, touched, notes)
 
 
@@ -98,6 +99,8 @@ class _Composer:
         varying = [*experiment.variables, *(experiment.paired or [{}])[0], *(["seed"] * bool(experiment.seeds))]
         self.varying = {name.removeprefix("+") for name in [*varying, *experiment.derived]}
         self.derived = _in_order(experiment, base.trainer, values, places, layer)
+        self.translated: dict[str, None] = {}
+        """What was said of templates that torchtune has no longer."""
         self.lines = {
             path: line for (section, name), path in places.items() if (line := layer.lines.get(f"{section}.{name}"))
         }
@@ -158,7 +161,9 @@ class _Composer:
     def _complete(self, override: Values) -> Values:
         """The whole config: torchtune's as it is, ours checked and with every default written out."""
         if self.trainer == "torchtune":
-            return merge(self.settled, override)
+            values, said = with_todays_template(merge(self.settled, override))
+            self.translated.update({said: None} if said else {})
+            return values
         layers = [
             Layer(self.base.name, self.values, self.base.lines),
             Layer(self.layer.name, merge(self.controls, override), self.lines),

@@ -19,6 +19,8 @@ STAGE = ".generating"
 READY = ".generated"
 """A stage that was found right and is being moved in."""
 REPORT = "validation_report.txt"
+TITLE = "lacuna validation report"
+SHOWN_PLACES = 3
 
 
 def digest(content: bytes) -> str:
@@ -143,31 +145,72 @@ def summarise(problems: Sequence[Problem]) -> list[str]:
     return [f"{_span(ids)}: {path}{' ' * bool(path)}{what}: {todo}" for (path, what, todo), ids in runs.items()]
 
 
+def warning_lines(problems: Sequence[Problem], trainer: str) -> list[str]:
+    """One line for what is not on this machine, by what to do about it, and for each thing that the trainer would
+    refuse when it starts."""
+    here: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.kind == "here":
+            here.setdefault(problem.todo, []).append(problem)
+    lines = []
+    for todo, found in here.items():
+        places = list(dict.fromkeys(f"{problem.path} {problem.what}" for problem in found))
+        more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
+        runs = _span(list(dict.fromkeys(problem.run for problem in found)))
+        lines.append(f"not on this machine, {runs}: {'; '.join(places[:SHOWN_PLACES])}{more}: {todo}")
+    refused = summarise([problem for problem in problems if problem.kind == "start"])
+    return lines + [f"{trainer} would refuse to start {line}" for line in refused]
+
+
 def _span(ids: Sequence[str]) -> str:
     return ids[0] if len(ids) == 1 else f"{len(ids)} runs ({ids[0]} … {ids[-1]})"
 
 
-def _report_file(output: Path) -> tuple[Path, str]:
-    place = output.resolve()
-    file = place.parent / REPORT
-    return Path(os.path.relpath(file)), f"lacuna validation report of {place.name}/"
+def _title(output: Path) -> str:
+    return f"{TITLE} of {output.resolve().name}/"
+
+
+def _table(output: Path, problems: Sequence[Problem]) -> str:
+    rows = [f"{one.run}\t{one.path}\t{one.what}\t{one.todo}" for one in problems]
+    return "\n".join([_title(output), "", "run\tpath\twhat\twhat to do", *rows]) + "\n"
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether a file of the report's name is none of lacuna's."""
+    return file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
+
+
+def _outer_report(output: Path) -> Path:
+    return Path(os.path.relpath(output.resolve().parent / REPORT))
 
 
 def write_report(output: Path, problems: Sequence[Problem]) -> list[str]:
     """Every problem of every run into a file beside the folder; returns the summary, which names that file."""
-    file, title = _report_file(output)
-    lines = summarise(problems)
-    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith("lacuna validation report"):
+    file, lines = _outer_report(output), summarise(problems)
+    if _is_foreign(file):
         return [*lines, f"{file} is not a report of lacuna's and stays as it is; this list stands nowhere else"]
-    rows = [f"{problem.run}\t{problem.path}\t{problem.what}\t{problem.todo}" for problem in problems]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join([title, "", "run\tpath\twhat\twhat to do", *rows]) + "\n")
+    write_whole(file, _table(output, problems))
     before = "; what is there is from before" if (output / MAPPING).exists() else ""
     return [*lines, f"{output}: nothing was written{before}; every problem of every run: {file}"]
 
 
 def remove_report(output: Path) -> None:
     """A report that no longer holds."""
-    file, title = _report_file(output)
-    if file.exists() and file.read_text(encoding="utf-8", errors="replace").partition("\n")[0] == title:
+    file = _outer_report(output)
+    if file.exists() and file.read_text(encoding="utf-8", errors="replace").partition("\n")[0] == _title(output):
         os.unlink(file)
+
+
+def put_warnings(output: Path, problems: Sequence[Problem]) -> list[str]:
+    """Every warning of every run into a file beside the mapping, in place of the last one; returns what is to be said
+    where that cannot be."""
+    file = output / REPORT
+    if _is_foreign(file):
+        return [f"{file} is not a report of lacuna's and stays as it is"] if problems else []
+    with _told(output):
+        if problems:
+            write_whole(file, _table(output, problems))
+        else:
+            file.unlink(missing_ok=True)
+    return []

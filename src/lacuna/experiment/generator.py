@@ -19,13 +19,17 @@ from lacuna.runs.provenance import without_home
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` wrote, and what it has to say. command: starts the first run. mapping: run_mapping.yaml's."""
+    """What `generate` wrote, and what it has to say. command: starts the first run. mapping: run_mapping.yaml's.
+
+    warnings: what keeps runs from starting here, or from starting at all.
+    """
 
     output: str
     base: str
     command: list[str]
     runs: list[Run]
     notes: list[str]
+    warnings: list[Problem]
     mapping: dict[str, Any] = field(repr=False)
 
 
@@ -35,14 +39,15 @@ def generate(
     *,
     force: bool = False,
     validate: bool = True,
-    check_paths: bool = True,
+    strict: bool = False,
     torchtune_python: str | None = None,
 ) -> Generated:
     """Write a config for each run of an experiment into a folder.
 
     experiment: a file, or the same as a mapping.
     force: replace the configs of another experiment there. validate: run the trainer's checks on every config.
-    check_paths: missing files are errors; otherwise they are notes, for runs on another machine.
+    strict: what keeps a run from starting on this machine is an error; otherwise configs for another one are written,
+    with warnings, which stand in validation_report.txt beside them too.
 
     Raises ConfigError with every problem found; the folder is then as it was.
     """
@@ -54,17 +59,19 @@ def generate(
     with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
         configs = {run.id: run.values for run in planned.runs}
         problems = check_configs(planned.base, configs, planned.touched, stage) if validate else []
-        forgiven = [problem for problem in problems if not problem.stops(check_paths)]
-        if errors := [problem for problem in problems if problem.stops(check_paths)]:
+        stopping = [problem for problem in problems if problem.kind == "wrong" or (strict and problem.stops_a_start)]
+        if stopping:
             raise ConfigError(
-                [*folder.write_report(output, errors), *(f"(note: {note})" for note in planned.base.notes)]
+                [*folder.write_report(output, stopping), *(f"(note: {note})" for note in planned.base.notes)]
             )
     folder.remove_report(output)
-    notes += folder.summarise(forgiven)
+    warnings = [problem for problem in problems if problem.stops_a_start]
+    notes += folder.put_warnings(output, warnings)
+    notes += folder.summarise([problem for problem in problems if not problem.stops_a_start])
     if not validate:
         notes.append("the configs were not validated (--no-validate)")
     first = str(output / f"{planned.runs[0].id}.yaml")
-    return Generated(str(output), planned.base.name, _command(planned, first), planned.runs, notes, mapping)
+    return Generated(str(output), planned.base.name, _command(planned, first), planned.runs, notes, warnings, mapping)
 
 
 def _existing(planned: Design) -> list[str]:
@@ -96,10 +103,21 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
         problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
     requests = [{"id": id, "file": str(stage / f"{id}.yaml"), "touched": list(touched)} for id in configs]
     theirs = torchtune.validate(base.environment, requests)
-    known = {(problem.run, problem.path) for problem in problems if problem.stops(check_paths=False)}
-    theirs = [problem for problem in theirs if (problem.run, problem.path) not in known]
-    graver = {(problem.run, problem.path) for problem in theirs if problem.stops(check_paths=False)}
-    return [p for p in problems if not (p.is_local and (p.run, p.path) in graver)] + theirs
+    return _gravest(problems, theirs)
+
+
+def _gravest(ours: Sequence[Problem], theirs: Sequence[Problem]) -> list[Problem]:
+    """Both, but of one setting that both found only the graver finding; of two alike, ours."""
+    gravity = {kind: place for place, kind in enumerate(("unsure", "here", "start", "wrong"))}
+
+    def graver(problems: Sequence[Problem], others: Sequence[Problem], at_least: int) -> list[Problem]:
+        most: dict[tuple[str, str], int] = {}
+        for other in others:
+            place = (other.run, other.path)
+            most[place] = max(most.get(place, -1), gravity[other.kind])
+        return [found for found in problems if gravity[found.kind] >= most.get((found.run, found.path), -1) + at_least]
+
+    return [*graver(ours, theirs, 0), *graver(theirs, ours, 1)]
 
 
 def _mapping(planned: Design, texts: Mapping[str, str], output: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_recipe(facts: RecipeFacts, values: Values, touched: Sequence[str], is_
     """
     for path in sorted(facts.needed):
         if get(values, path) is MISSING and get(values, path.rpartition(".")[0] or path) is not None:
-            yield Problem("", path, f"is missing: the recipe {facts.name} cannot do without it", "add it")
+            yield Problem("", path, f"is missing: the recipe {facts.name} cannot do without it", "add it", "start")
     mine = {path.partition(".")[0] for path in touched}
     referenced = {name for _, value in leaves(values) for name in re.findall(r"\$\{(\w+)[.}]", str(value))}
     for key, value in values.items():
@@ -107,9 +107,9 @@ def check_recipe(facts: RecipeFacts, values: Values, touched: Sequence[str], is_
     component = str(get(values, "model._component_")).rpartition(".")[2]
     if facts.name.startswith("full_") and re.match(r"q?[ld]ora_", component):
         what = f"{component} has adapters, whose weights {facts.name} does not find in the checkpoint"
-        yield Problem("", "model._component_", what, "take a lora recipe, or the model without")
+        yield Problem("", "model._component_", what, "take a lora recipe, or the model without", "start")
     if values.get("dtype") == "fp16" and facts.refuses_fp16:
-        yield Problem("", "dtype", f"fp16 is refused by {facts.name}", "use bf16 or fp32")
+        yield Problem("", "dtype", f"fp16 is refused by {facts.name}", "use bf16 or fp32", "start")
     yield from _combinations(values)
 
 
@@ -120,7 +120,7 @@ def _combinations(values: Mapping[str, Any]) -> Iterator[Problem]:
     parts = [part for part in (data if isinstance(data, list) else [data]) if isinstance(part, dict)]
     if any(part.get("packed") is True for part in parts) and tokenizer.get("max_seq_len") is None:
         what = "needs tokenizer.max_seq_len, which is null"
-        yield Problem("", "dataset.packed", what, "set max_seq_len, such as 2048")
+        yield Problem("", "dataset.packed", what, "set max_seq_len, such as 2048", "start")
     template = tokenizer.get("prompt_template")
     for role, pair in template.items() if isinstance(template, dict) else ():
         if role not in ROLES or not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
@@ -129,13 +129,14 @@ def _combinations(values: Mapping[str, Any]) -> Iterator[Problem]:
     if values.get("optimizer_in_bwd") is True:
         if values.get("clip_grad_norm") is not None:
             what = "cannot be with optimizer_in_bwd: true"
-            yield Problem("", "clip_grad_norm", what, "set one of them to null or false")
+            yield Problem("", "clip_grad_norm", what, "set one of them to null or false", "start")
         if values.get("gradient_accumulation_steps") not in (None, 1):
             what = "cannot be above 1 with optimizer_in_bwd: true"
-            yield Problem("", "gradient_accumulation_steps", what, "set either back")
+            yield Problem("", "gradient_accumulation_steps", what, "set either back", "start")
     if values.get("enable_activation_offloading") is True:
         if not str(values.get("device")).startswith("cuda"):
-            yield Problem("", "enable_activation_offloading", "works with device: cuda alone", "set it to false")
+            what = "works with device: cuda alone"
+            yield Problem("", "enable_activation_offloading", what, "set it to false", "start")
         if values.get("enable_activation_checkpointing") is not True:
             what = "needs enable_activation_checkpointing: true"
-            yield Problem("", "enable_activation_offloading", what, "set both, or neither")
+            yield Problem("", "enable_activation_offloading", what, "set both, or neither", "start")

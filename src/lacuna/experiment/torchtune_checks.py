@@ -1,6 +1,6 @@
 """Runs inside torchtune's environment, as a script: torchtune's own `validate`, and what it misses.
 
-Reads one JSON request on standard input and answers with one JSON line: a list of run, path, what, todo, is_local.
+Reads one JSON request on standard input and answers with one JSON line: a list of run, path, what, todo, kind.
 It can import torchtune and what torchtune needs, but not lacuna.
 """
 
@@ -27,13 +27,11 @@ POSITIONAL = {"optimizer": ["params"], "lr_scheduler": ["optimizer"], "dataset":
 BY_NAME = {"lr_scheduler": ["num_training_steps", "last_epoch"], "checkpointer": ["should_load_recipe_state"]}
 """… and by name."""
 PACKAGES = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "CometLogger": "comet_ml"}
-GONE = {
-    "AlpacaInstructTemplate": "it left torchtune in 0.3: use the dataset torchtune.datasets.alpaca_dataset, which "
-    "writes Alpaca's format itself",
-}
+MOVED = dict.fromkeys(("template", "chat_format"), "; torchtune reads how prompts are written from prompt_template")
+"""Arguments of data sets in torchtune 0.2."""
 LACKS = "torchtune's environment lacks"
-Found = tuple[str, str, str]
-"""Path, what, what to do."""
+Found = tuple[str, str, str, str]
+"""Path, what, what to do, and the kind of problem, as in checks.py."""
 
 
 def nearest(word: str, known: Any) -> str:
@@ -57,8 +55,7 @@ def locate(path: str) -> Any:
             siblings = dir(importlib.import_module(parent))
         except (ImportError, ValueError):
             siblings = []
-        hint = GONE.get(name) or nearest(name, siblings)
-        return ImportError(f"does not exist{'; ' + hint if name in GONE else hint}")
+        return ImportError(f"does not exist{nearest(name, siblings)}")
     return found if callable(found) else ImportError("is not callable")
 
 
@@ -120,13 +117,14 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
     name = node["_component_"]
     here = f"{path}._component_"
     if not isinstance(name, str) or not name:
-        yield here, f"is {name!r}, not the dotted path of a component", "write one, such as torch.optim.AdamW"
+        yield here, f"is {name!r}, not the dotted path of a component", "write one, such as torch.optim.AdamW", "wrong"
         return
     if isinstance(found := locate(name), ImportError):
-        yield here, f"{name} {found}", "write the path of something that torchtune's environment can import"
+        todo = "write the path of something that torchtune's environment can import"
+        yield here, f"{name} {found}", todo, "here" if LACKS in str(found) else "wrong"
         return
     if (package := PACKAGES.get(name.rpartition(".")[2])) and importlib.util.find_spec(package) is None:
-        yield here, f"{name} needs {package}, which {LACKS}", f"pip install {package} there"
+        yield here, f"{name} needs {package}, which {LACKS}", f"pip install {package} there", "here"
     section = re.sub(r"^\w+_(checkpointer)$", r"\1", path)
     is_dataset = path == "dataset" or bool(re.fullmatch(r"datasets?\.\d+", path))
     known = signature(name).parameters
@@ -139,12 +137,16 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
         place = f"{path}.{key}"
         if key not in allowed:
             if here in touched and place not in touched:
-                yield place, f"is left over: {name} takes no {key!r}", f"delete it: '~{place}: null' under controls"
+                todo = f"delete it: '~{place}: null' under controls"
+                yield place, f"is left over: {name} takes no {key!r}", todo, "wrong"
             else:
-                yield place, f"{name} takes no {key!r}{nearest(str(key), allowed)}", "correct the name, or leave it out"
+                hint = MOVED.get(key) if is_dataset else None
+                what = f"{name} takes no {key!r}{hint or nearest(str(key), allowed)}"
+                yield place, what, "correct the name, or leave it out", "wrong"
         elif key in known and not fits(value, known[key].annotation):
             wanted = inspect.formatannotation(known[key].annotation)
-            yield place, f"is {value!r} ({type(value).__name__}), {name} takes {wanted}", "write a value of that type"
+            what = f"is {value!r} ({type(value).__name__}), {name} takes {wanted}"
+            yield place, what, "write a value of that type", "wrong"
     if "." in path and not is_dataset:
         return
     handed = [*[p for p in known if p not in given][: len(positional)], *BY_NAME.get(section, [])]
@@ -153,7 +155,7 @@ def check_component(path: str, node: dict[str, Any], touched: set[str]) -> Itera
             parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL,
         )  # fmt: skip
         if not optional and key not in given and key not in handed:
-            yield f"{path}.{key}", f"is missing: {name} cannot do without it", "add it"
+            yield f"{path}.{key}", f"is missing: {name} cannot do without it", "add it", "start"
 
 
 def check_names(config: dict[str, Any]) -> Iterator[Found]:
@@ -163,14 +165,14 @@ def check_names(config: dict[str, Any]) -> Iterator[Found]:
     template = config["tokenizer"].get("prompt_template") if isinstance(config.get("tokenizer"), dict) else None
     for path, name in (("tokenizer.prompt_template", template), ("collate_fn", config.get("collate_fn"))):
         if isinstance(name, str) and isinstance(found := locate(name), ImportError):
-            yield path, f"{name} {found}", "name one that exists"
+            yield path, f"{name} {found}", "name one that exists", "here" if LACKS in str(found) else "wrong"
     for section, node in config.items():
         if str(section).endswith("checkpointer") and isinstance(node, dict) and "model_type" in node:
             known = [kind.name for kind in ModelType]
             if node["model_type"] not in known:
                 hint = nearest(str(node["model_type"]).upper(), known)
                 what = f"torchtune knows no model type {node['model_type']!r}{hint}"
-                yield f"{section}.model_type", what, f"write one of {', '.join(known)}"
+                yield f"{section}.model_type", what, f"write one of {', '.join(known)}", "wrong"
 
 
 def check_interpolations(config: Any) -> Iterator[Found]:
@@ -179,12 +181,13 @@ def check_interpolations(config: Any) -> Iterator[Found]:
 
     for path, value in walk(OmegaConf.to_container(config, resolve=False)):
         if value == "???":
-            yield path, "is ???, a value that is still to be given", "give it"
+            yield path, "is ???, a value that is still to be given", "give it", "start"
         elif isinstance(value, str) and "${" in value:
             try:
                 OmegaConf.select(config, path, throw_on_resolution_failure=True)
             except OmegaConfBaseException as error:
-                yield path, f"{value!r} leads nowhere: {str(error).splitlines()[0]}", "name a setting of this config"
+                what = f"{value!r} leads nowhere: {str(error).splitlines()[0]}"
+                yield path, what, "name a setting of this config", "wrong"
 
 
 def malformed(file: str) -> Iterator[Found]:
@@ -198,7 +201,7 @@ def malformed(file: str) -> Iterator[Found]:
                 OmegaConf.create({"value": value})
             except Exception as error:  # OmegaConf's own, and ANTLR's
                 what = f"{value!r} is no text that OmegaConf can read: {str(error).splitlines()[0]}"
-                yield path, what, "close what ${ opens"
+                yield path, what, "close what ${ opens", "wrong"
 
 
 def check_run(run: dict[str, Any]) -> list[Found]:
@@ -208,9 +211,10 @@ def check_run(run: dict[str, Any]) -> list[Found]:
     try:
         config = OmegaConf.load(run["file"])
     except Exception as error:  # OmegaConf's own, yaml's, and ANTLR's
-        return [*malformed(run["file"])] or [("", f"is not readable: {str(error).splitlines()[0]}", "correct the file")]
+        what = f"is not readable: {str(error).splitlines()[0]}"
+        return [*malformed(run["file"])] or [("", what, "correct the file", "wrong")]
     if not isinstance(config, DictConfig) or not config:
-        return [("", "the config is empty", "start from a recipe or an own config")]
+        return [("", "the config is empty", "start from a recipe or an own config", "wrong")]
     found = list(check_interpolations(config))
     values: dict[str, Any] = dict(OmegaConf.to_container(config, resolve=not found))  # type: ignore[arg-type]
     for path, node in walk(values):
@@ -221,7 +225,8 @@ def check_run(run: dict[str, Any]) -> list[Found]:
         validate(config)
     except Exception as error:  # torchtune lets seven kinds escape, TypeError and its own among them
         if not found:
-            found.append(("", f"torchtune refuses it: {' '.join(str(error).split())}", "see torchtune's message"))
+            what = f"torchtune refuses it: {' '.join(str(error).split())}"
+            found.append(("", what, "see torchtune's message", "wrong"))
     return found
 
 
@@ -232,9 +237,8 @@ def main() -> None:
     sys.path[:] = [*sys.path[1:], os.getcwd()]  # components of the user's own, found as torchtune finds them
     problems = []
     for run in request["runs"]:
-        for path, what, todo in check_run(run):
-            is_local = LACKS in what
-            problems.append({"run": run["id"], "path": path, "what": what, "todo": todo, "is_local": is_local})
+        for path, what, todo, kind in check_run(run):
+            problems.append({"run": run["id"], "path": path, "what": what, "todo": todo, "kind": kind})
     print(json.dumps(problems), file=answer)
 
 

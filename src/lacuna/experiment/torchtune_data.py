@@ -28,12 +28,8 @@ TEMPLATE = 64
 LARGEST_JSON = 512 * 2**20
 """Bytes; a larger .json file is not read before the run."""
 
-Kind = Literal["certain", "local", "uncertain"]
-LOCAL: Kind = "local"
-UNCERTAIN: Kind = "uncertain"
-CERTAIN: Kind = "certain"
-Found = tuple[str, str, str, Kind]
-"""Path below the section, what, what to do, and whether it is sure, or about this machine's files."""
+Found = tuple[str, str, str, Literal["wrong", "start", "here", "unsure"]]
+"""Path below the section, what, what to do, and the kind of problem, as in checks.py."""
 SPLIT = re.compile(r"train(?:\[(\d*):(\d*)(%?)\])?")
 
 
@@ -45,24 +41,24 @@ def check_dataset(values: Mapping[str, Any], data: Mapping[str, Any], gpus: int)
     absent = [name for name in ("input", "output") if isinstance(columns, dict) and name not in columns]
     if component == "instruct_dataset" and absent:
         what = f"lacks {' and '.join(absent)}, which torchtune wants even where the name is the same"
-        yield "column_map", what, f"add {', '.join(f'{name}: {name}' for name in absent)}", CERTAIN
+        yield "column_map", what, f"add {', '.join(f'{name}: {name}' for name in absent)}", "start"
         return
     if component == "chat_dataset" and data.get("conversation_style") not in (*TURNS, None):
         what = f"is {data['conversation_style']!r}"
-        yield "conversation_style", what, "write openai (messages) or sharegpt (conversations)", CERTAIN
+        yield "conversation_style", what, "write openai (messages) or sharegpt (conversations)", "start"
     if isinstance(source, str) and Path(source).is_file():
         kind = KINDS.get(Path(source).suffix, "text")
-        yield "source", f"{source} is a file", f"write source: {kind} and data_files: {source}", CERTAIN
+        yield "source", f"{source} is a file", f"write source: {kind} and data_files: {source}", "start"
     if not isinstance(files, str | list | dict) or (isinstance(source, str) and Path(source).is_dir()):
         return
     if source not in SOURCES:
         default = "the component's own hub data set" if source is None else repr(source)
         advice = "add source: json (or csv, parquet, text) beside it"
-        yield "data_files", f"names files, but the source is {default}", advice, CERTAIN
+        yield "data_files", f"names files, but the source is {default}", advice, "start"
         return
     if isinstance(split, str) and not isinstance(files, dict) and not split.startswith("train"):
         what = f"is {split!r}, but files without a name are all 'train'"
-        yield "split", what, f"write train, or data_files: {{{split}: …}}", CERTAIN
+        yield "split", what, f"write train, or data_files: {{{split}: …}}", "start"
     listed = [files] if isinstance(files, str) else files if isinstance(files, list) else list(files.values())
     yield from _files(values, data, component, [file for file in listed if isinstance(file, str)], gpus)
 
@@ -72,11 +68,11 @@ def _files(
 ) -> Iterator[Found]:
     source, field = data["source"], data.get("field")
     if not isinstance(field, str | None):
-        yield "field", f"is {field!r}", "write the name of the list in the file", CERTAIN
+        yield "field", f"is {field!r}", "write the name of the list in the file", "wrong"
         return
     local = [file for file in files if "://" not in file and not any(mark in file for mark in "*?[")]
     absent = [file for file in local if not Path(file).exists()]
-    yield from (("data_files", f"there is no file {file}", "correct the path", LOCAL) for file in absent)
+    yield from (("data_files", f"there is no file {file}", "correct the path", "here") for file in absent)
     if absent or local != files:
         return
     stats = [Path(file).stat() for file in local]
@@ -89,7 +85,7 @@ def _files(
             return
         found = [problem] if problem else list(_shape(component, data, file, rows[0])) if rows else []
         if found:
-            yield from ((*part, CERTAIN) for part in found)
+            yield from ((*part, "start") for part in found)
             return
         count += len(rows)
         if count >= limit:
@@ -150,7 +146,7 @@ def _enough(
         step = f"{batch} × {accumulation} accumulated" + (f" × {gpus} devices" if gpus > 1 else "")
         what = f"{found} are fewer than one step of {step}: no step at all"
         advice = "lower batch_size or gradient_accumulation_steps"
-        yield "/batch_size", what, advice, CERTAIN if most < needed else UNCERTAIN
+        yield "/batch_size", what, advice, "wrong" if most < needed else "unsure"
         return
     epochs, most_steps = values.get("epochs"), values.get("max_steps_per_epoch")
     steps = min(most // needed, most_steps if type(most_steps) is int else sys.maxsize)
@@ -158,7 +154,7 @@ def _enough(
     warmup = get(values, "lr_scheduler.num_warmup_steps")
     if type(warmup) is int and warmup >= steps:
         what = f"{warmup} steps of warmup are no less than the run's {steps}: the learning rate never gets to its peak"
-        yield "/lr_scheduler.num_warmup_steps", what, "lower it", UNCERTAIN
+        yield "/lr_scheduler.num_warmup_steps", what, "lower it", "unsure"
 
 
 def needed_columns(component: str, data: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from lacuna.experiment.mapping import read_mapping
 from lacuna.launch.child import run_torchrun
 from lacuna.launch.nodes import rendezvous, torchrun
 from lacuna.launch.torchtune_run import run_torchtune
+from lacuna.platform.ready import problems_of, refuse
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,12 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
     """Become the command of a run; where something is to be done after it, run it, and return its exit code.
 
     target: a run mapping and an index in it, or a config alone. sha256: what the target must have.
-    Raises ConfigError where a file is not the one that was generated or submitted.
+    Raises ConfigError where a file is not the one that was generated or submitted, or where torchtune could not start.
     """
     task = find_task(target, index, sha256)
+    if task.trainer == "torchtune" and index is not None:
+        mapping = read_mapping(target)
+        refuse(problems_of(mapping, [index], torchtune_python, asks_torchtune=False), [mapping.places[index][0]])
     words = command(task, os.environ, torchtune_python)
     if task.trainer == "torchtune":
         return run_torchtune(words, task.config, task.gpus * nodes(os.environ), task.output_dir)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lacuna.config.files import Layer, check, read_layer
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import CONFIGS, is_torchtune, load_trainer_config
+from lacuna.config.trainers import CONFIGS, load_trainer_config, trainer_of
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 from lacuna.experiment.design import design
@@ -38,7 +38,8 @@ def read_runs(sources: Sequence[str], torchtune_python: str | None) -> Runs:
     layers = [read_layer(source) for source in sources]
     if len(layers) == 1 and not EXPERIMENT_KEYS.isdisjoint(layers[0].values):
         return _designed(sources[0], torchtune_python)
-    if not all(map(is_torchtune, layers)):
+    is_torchtune = all(trainer_of(layer.values) is None and not layer.name.endswith(".toml") for layer in layers)
+    if not is_torchtune:
         return Runs(sources[-1], {sources[-1]: load_trainer_config(sources)})
     if len(layers) > 1:
         raise ConfigError(f"{', '.join(sources)}: torchtune's configs are planned one at a time, or as an experiment")

@@ -23,7 +23,7 @@ from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, without_secrets
 from lacuna.platform.needs import CONFIG, needed_checks
 from lacuna.platform.probes import reinstall
-from lacuna.platform.ready import problems_of, torchtune_problems
+from lacuna.platform.ready import problems_of, refusals, torchtune_problems
 from lacuna.platform.storage import output_folder
 
 PROBES = (
@@ -54,8 +54,8 @@ def examine(files: Sequence[str]) -> Examination:
 
 def _examine_problems(problems: Sequence[Problem], trainer: str) -> Examination:
     """The machine, and what was found of runs without starting their trainer. torchtune has a torch of its own."""
-    stopping = [problem for problem in problems if problem.stops_a_start]
-    checks = [Check(CONFIG, "failed", problem, needed=True) for problem in summarise(stopping)]
+    stopping = refusals(problems)
+    checks = [Check(CONFIG, "failed", problem, needed=True) for problem in stopping]
     unsure = [problem for problem in problems if not problem.stops_a_start]
     checks += [Check(CONFIG, "warning", problem) for problem in summarise(unsure)]
     checks += [] if stopping else [Check(CONFIG, "ok", "settings, files and data are there")]

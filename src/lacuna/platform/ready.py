@@ -47,11 +47,15 @@ def torchtune_problems(config: Path) -> list[Problem]:
     return check_configs(base, {config.stem: base.values}, [], config.parent)
 
 
+def refusals(problems: Sequence[Problem]) -> list[str]:
+    """A line for each thing that keeps runs from starting."""
+    return summarise([problem for problem in problems if problem.stops_a_start])
+
+
 def refuse(problems: Sequence[Problem], ids: Collection[str]) -> None:
     """Raises ConfigError with all that keeps one of these runs from starting."""
-    stopping = [problem for problem in problems if problem.run in ids and problem.stops_a_start]
-    if stopping:
-        raise ConfigError([*summarise(stopping), "no run was started: mend these, or start runs where they hold"])
+    if found := refusals([problem for problem in problems if problem.run in ids]):
+        raise ConfigError([*found, "no run was started: mend these, or start the runs where they hold"])
 
 
 def refuse_config(config: Path) -> None:

@@ -45,7 +45,7 @@ TORCH_FREE = [
     "lacuna.launch.torchtune_run", "lacuna.cli_replay", "lacuna.runs.provenance", "lacuna.runs.logs",
     "lacuna.runs.replay", "lacuna.runs.torchtune_facts", "lacuna.runs.torchtune_log",
     "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
-    "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
+    "lacuna.plan.known_models", "lacuna.plan.shape", "lacuna.plan.torchtune", "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
     "lacuna.cli_report", "lacuna.reports.collect", "lacuna.reports.make", "lacuna.reports.metric",

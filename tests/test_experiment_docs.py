@@ -48,7 +48,7 @@ def test_the_commands_print_what_the_page_shows(here: Path) -> None:
 
 def test_the_first_example_generates(here: Path, run: Run) -> None:
     (here / "experiment.yaml").write_text(blocks("yaml")[0])
-    outcome = run("lacuna", "generate", "experiment.yaml", "--paths", "skip")
+    outcome = run("lacuna", "generate", "experiment.yaml")
     assert (outcome.code, "Generated 12 configs" in outcome.output) == (0, True), outcome.output
 
 
@@ -57,7 +57,7 @@ def test_one_changed_line_takes_the_experiment_to_lacunas_trainer(here: Path, ru
     (here / "there.yaml").write_text(text)
     (here / "here.yaml").write_text(re.sub(r"^base_config: .*$", "", text, flags=re.M).replace("# base", "base"))
     for name, trainer in (("there", "torchtune"), ("here", "sft")):
-        outcome = run("lacuna", "generate", f"{name}.yaml", "--paths", "skip", output=name)
+        outcome = run("lacuna", "generate", f"{name}.yaml", output=name)
         assert (outcome.code, "Generated 4 configs" in outcome.output) == (0, True), outcome.output
         assert yaml.safe_load((here / name / "run_mapping.yaml").read_text())["trainer"] == trainer
 

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import Run
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import SFTConfig
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.plan.advice import FINETUNE, LOOP, USABLE, advise, changes, fits, largest_rows
 from lacuna.plan.flops import Speed, flops_of, measured_speed
+from lacuna.plan.known_models import KNOWN_MODELS
 from lacuna.plan.memory import GIB, Adapter, Step, total
 from lacuna.plan.runs import step_of
 from lacuna.plan.shape import ModelShape, model_shape
@@ -265,6 +270,47 @@ def test_torchtunes_runs_are_planned_too(run: Run, here: Path) -> None:
     assert (
         "--trace is for our own trainers" in run("lacuna", "plan", "study.yaml", "--device", "4090", "--trace").output
     )
+
+
+# The shipped configs, without a network
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("pretrain_qwen.toml", 494_032_768),
+        ("sft_qwen.toml", 494_032_768),
+        ("training_config_h100.yaml", 7_248_023_552 + 41_943_040),
+        ("training_config_m4.yaml", 7_248_023_552 + 41_943_040),
+    ],
+)
+def test_a_shipped_config_is_planned_where_nothing_of_its_model_is(name: str, parameters: int, run: Run) -> None:
+    one = plan(run, ROOT / "configs" / name, "--device", "h100")
+    assert one["parameters"] == parameters
+    assert one["fits"] is True
+    (said,) = [note for note in one["notes"] if "planned with" in note]
+    assert said == f"{one['model']}: its config.json is not in the hub's cache, and the hub does not give it; " + (
+        "planned with the shape that lacuna knows of it"
+    )
+
+
+def test_the_shape_of_a_folder_that_is_not_here_is_its_bases_which_a_trace_takes_too(run: Run) -> None:
+    one = plan(run, ROOT / "configs" / "finetune.yaml", "--device", "h100", "--trace")
+    assert one["notes"][-1] == "./models/gpt2: no such folder; planned with the shape that lacuna knows of gpt2"
+    assert one["memory"]["traced step"] > 0.4 * GIB
+
+
+def test_every_model_that_a_shipped_config_names_is_known() -> None:
+    configs = [load_trainer_config([str(file)]) for file in (ROOT / "configs").iterdir()]
+    bases = {config.model.base_model or config.model.path for config in configs if isinstance(config, FinetuneConfig)}
+    named = bases | {config.model_name for config in configs if not isinstance(config, FinetuneConfig)}
+    assert named == KNOWN_MODELS.keys()
+
+
+def test_the_known_shape_of_gpt2_is_gpt2s() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**KNOWN_MODELS["gpt2"]))
+    assert model.num_parameters() == 124_439_808
 
 
 # Bad input

@@ -16,6 +16,7 @@ from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.plan.advice import FINETUNE, LOOP, USABLE, Names, advise, fits, needs_checkpointing
 from lacuna.plan.data import Counts, count
 from lacuna.plan.flops import Speed, assumed_speed, flops_of, measured_speed
+from lacuna.plan.known_models import KNOWN_MODELS
 from lacuna.plan.memory import CONTEXT, Adapter, Step, step_memory, trained_parameters
 from lacuna.plan.read import Config
 from lacuna.plan.shape import PROJECTIONS, ModelShape, model_shape
@@ -91,14 +92,17 @@ def plan_runs(
     """
     flat = {name: flat_of(config) for name, config in configs.items()}
     counted = count(flat, report)
-    shape_of, speed_of = cache(read_shape), cache(measured_speed)
+    model_of, speed_of = cache(read_model), cache(measured_speed)
     plans = []
     for name, config in configs.items():
-        shape = shape_of(flat[name].model_name, flat[name].model_revision)
+        base = config.model.base_model if isinstance(config, FinetuneConfig) else None
+        model, said = model_of(flat[name].model_name, flat[name].model_revision, base)
+        shape = said or "" if model is None else shape_of(flat[name].model_name, model)
         known = speed or speed_of(flat[name].output_dir, flat[name].model_name, device.name)
         one = plan_run(name, config, shape, counted[name], Place(device, room), known)
-        can_be_traced = trace and (one.memory is not None or isinstance(shape, str))
-        plans.append(traced(one, config, device, room, counted[name]) if can_be_traced else one)
+        if trace and (one.memory is not None or isinstance(shape, str)):
+            one = traced(one, config, device, room, counted[name], model if said else None)
+        plans.append(replace(one, notes=[*one.notes, said]) if model is not None and said else one)
     return plans
 
 
@@ -109,6 +113,30 @@ def flat_of(config: Config) -> TrainingConfig:
 
 def read_shape(model: str, revision: str | None) -> ModelShape | str:
     """From a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
+    config = read_config(model, revision)
+    return config if isinstance(config, str) else shape_of(model, config)
+
+
+def shape_of(model: str, config: Mapping[str, Any]) -> ModelShape | str:
+    """From the model's config.json; a sentence where the formula does not know its layers."""
+    return model_shape(config) or f"{model}: its layers are of a kind that the formula does not know; --trace does"
+
+
+def read_model(model: str, revision: str | None, base: str | None) -> tuple[dict[str, Any] | None, str | None]:
+    """A config.json, and what is to be said of it: where it cannot be had, that of a model that lacuna knows by its
+    name, or by the name of its base; where it knows none, None and why."""
+    config = read_config(model, revision)
+    if not isinstance(config, str):
+        return config, None
+    name = next((name for name in (model, base) if name in KNOWN_MODELS), None)
+    if name is None:
+        return None, config
+    whose = "it" if name == model else name
+    return KNOWN_MODELS[name], f"{config}; planned with the shape that lacuna knows of {whose}"
+
+
+def read_config(model: str, revision: str | None) -> dict[str, Any] | str:
+    """The config.json of a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -117,12 +145,12 @@ def read_shape(model: str, revision: str | None) -> ModelShape | str:
         return f"{model}: no such folder"
     try:
         place = file if file.parent.is_dir() else Path(hf_hub_download(model, "config.json", revision=revision))
-        shape = model_shape(json.loads(place.read_text(encoding="utf-8")))
+        config: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     except (LocalEntryNotFoundError, HfHubHTTPError):
         return f"{model}: its config.json is not in the hub's cache, and the hub does not give it"
     except (OSError, ValueError, HFValidationError) as error:
         return f"{model}: no config.json could be read: {error}"
-    return shape or f"{model}: its layers are of a kind that the formula does not know; --trace does"
+    return config
 
 
 def adapter_of(config: Config) -> Adapter | None:
@@ -177,12 +205,21 @@ def step_of(
     return step
 
 
-def traced(one: RunPlan, config: Config, device: Device, room: int | None, counts: Counts | str) -> RunPlan:
-    """The plan with its memory counted in the real step. Imports torch."""
+def traced(
+    one: RunPlan,
+    config: Config,
+    device: Device,
+    room: int | None,
+    counts: Counts | str,
+    known: Mapping[str, Any] | None,
+) -> RunPlan:
+    """The plan with its memory counted in the real step. known: a config.json instead of the model's. Imports torch."""
+    from transformers import AutoConfig
+
     from lacuna.plan.trace import trace_memory
     from lacuna.train.loading import load_model_config
 
-    model_config = load_model_config(flat_of(config))
+    model_config = AutoConfig.for_model(**known) if known is not None else load_model_config(flat_of(config))
     shape = model_shape(model_config.to_dict())
     step = step_of(config, shape, device, longest_of(config, counts))
     trace = trace_memory(model_config, step)

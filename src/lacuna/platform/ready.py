@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lacuna.config.files import read_layer
-from lacuna.config.trainers import trainer_of
+from lacuna.config.trainers import load_trainer_config
 from lacuna.errors import ConfigError
 from lacuna.experiment.checks import Problem, check_run
 from lacuna.experiment.folder import MAPPING, summarise
@@ -60,5 +60,5 @@ def refuse(problems: Sequence[Problem], ids: Collection[str]) -> None:
 
 def refuse_config(config: Path) -> None:
     """The same for one config of lacuna's own trainers."""
-    values = read_layer(config).values
-    refuse(list(check_run(str(trainer_of(values)), str(config), values, 1)), [str(config)])
+    values = load_trainer_config([str(config)]).model_dump()
+    refuse(list(check_run(values["trainer"], str(config), values, 1)), [str(config)])

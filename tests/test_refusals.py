@@ -263,7 +263,9 @@ def test_changed_data_do_not_resume(run: Run, stopped: tuple[Path, Settings], tm
     original = Path(settings["dataset"]).read_bytes()
     Path(settings["dataset"]).write_bytes(other.read_bytes())
     try:
-        assert_refused(run("sft", **settings), "the data or the tokenizer have changed since it was written")
+        assert_refused(
+            run("sft", **settings), "was made of something else: training data: other rows than it was trained on"
+        )
     finally:
         Path(settings["dataset"]).write_bytes(original)
 
@@ -469,7 +471,9 @@ def test_changed_streamed_files_do_not_resume(run: Run, settings: Settings, text
     process.wait_until(lambda: list(tmp_path.glob("out/checkpoints/step-*")))
     process.stop(signal.SIGTERM)
     dataset.write_text("".join(reversed(lines)))
-    assert_refused(run("pretrain", **streamed), "the data or the tokenizer have changed since it was written")
+    assert_refused(
+        run("pretrain", **streamed), "was made of something else: training data: other rows than it was trained on"
+    )
 
 
 def test_a_generation_config_that_could_not_be_saved_is_mended(run: Run, settings: Settings, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this m
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Show every setting, the plan, and what would stop the run; train nothing."
 )
+AGAIN = click.option("--again", is_flag=True, help="Train a finished run anew; its folder is kept beside the new one.")
 if TYPE_CHECKING:
     from lacuna.config.finetune import FinetuneConfig
 
@@ -45,7 +46,7 @@ def fast_imports() -> Iterator[None]:
         gc.enable()
 
 
-def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None], dry_run: bool) -> None:
+def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None], dry_run: bool, again: bool) -> None:
     paths = config_files(files)
     config, origins = resolve(FLAT[name], paths, flags)
     if dry_run:
@@ -65,7 +66,12 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
     if dry_run:
         show_dry_run(config, ())
     else:
-        train(config, [*sys.argv], paths)
+        train(config, _without_again(sys.argv), paths, again)
+
+
+def _without_again(words: list[str]) -> list[str]:
+    """The command that goes on with a run, which was put aside once."""
+    return [word for word in words if word != "--again"]
 
 
 def show_dry_run(config: "TrainingConfig | FinetuneConfig", problems: Iterable[str]) -> None:
@@ -105,26 +111,28 @@ def lacuna(verbose: bool) -> None:
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
 @config_options(FLAT["pretrain"])
 @DRY_RUN
+@AGAIN
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def pretrain(files: tuple[str, ...], dry_run: bool, verbose: bool, **flags: str | None) -> None:
+def pretrain(files: tuple[str, ...], dry_run: bool, again: bool, verbose: bool, **flags: str | None) -> None:
     """Next-token prediction on plain text.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
     """
-    run_trainer("pretrain", files, flags, dry_run)
+    run_trainer("pretrain", files, flags, dry_run, again)
 
 
 @lacuna.command(context_settings=HELP)
 @click.argument("files", nargs=-1, metavar="[@ FILE]...")
 @config_options(FLAT["sft"])
 @DRY_RUN
+@AGAIN
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def sft(files: tuple[str, ...], dry_run: bool, verbose: bool, **flags: str | None) -> None:
+def sft(files: tuple[str, ...], dry_run: bool, again: bool, verbose: bool, **flags: str | None) -> None:
     """Supervised fine-tuning: the loss is on the assistant's tokens only.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
     """
-    run_trainer("sft", files, flags, dry_run)
+    run_trainer("sft", files, flags, dry_run, again)
 
 
 @lacuna.command(context_settings=HELP)
@@ -133,9 +141,16 @@ def sft(files: tuple[str, ...], dry_run: bool, verbose: bool, **flags: str | Non
 @click.option("--resume", metavar="PATH|auto", help="A run folder, one of its checkpoints, or the newest run.")
 @click.option("--set", "words", metavar="A.B=C", multiple=True, help="A setting by its dotted path, over all files.")
 @DRY_RUN
+@AGAIN
 @click.option("--verbose", "-v", is_flag=True, help="Show every step's metrics, and the traceback of an error.")
 def finetune(
-    files: tuple[str, ...], device: str | None, resume: str | None, words: tuple[str, ...], dry_run: bool, verbose: bool
+    files: tuple[str, ...],
+    device: str | None,
+    resume: str | None,
+    words: tuple[str, ...],
+    dry_run: bool,
+    again: bool,
+    verbose: bool,
 ) -> None:
     """LoRA and QLoRA: train an adapter on a frozen, or quantised, model."""
     from lacuna.config.finetune import default_output_dir
@@ -169,7 +184,7 @@ def finetune(
     if dry_run:
         show_dry_run(*with_folder(config, resume))
     else:
-        train(config, resume, verbose, [*sys.argv], paths)
+        train(config, resume, verbose, _without_again(sys.argv), paths, again)
 
 
 @lacuna.command(context_settings=HELP)
@@ -243,7 +258,7 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
         stray = flags.pop("files")
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
-        del flags["verbose"], flags["dry_run"]
+        del flags["verbose"], flags["dry_run"], flags["again"]
         flat, origins = resolve(FLAT[name], files, flags)
         settings = flat.model_dump()
     print_settings(dict(leaves(settings)), origins)

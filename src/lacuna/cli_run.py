@@ -16,6 +16,11 @@ from lacuna.flags import HELP
 @click.option("--slurm", is_flag=True, help="Submit the runs as an array, instead of running them here.")
 @click.option("--cluster", metavar="FILE", help="With --slurm: settings; an experiment's slurm section goes over them.")
 @click.option("--output", metavar="DIR", help="With --slurm: where scripts and logs go.  [default: slurm]")
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Train those anew that are finished, but whose data or model have changed since; their folders are kept.",
+)
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def run(
@@ -27,6 +32,7 @@ def run(
     slurm: bool,
     cluster: str | None,
     output: str | None,
+    again: bool,
     torchtune_python: str | None,
     verbose: bool,
 ) -> None:
@@ -46,5 +52,6 @@ def run(
         cluster=cluster,
         output=output,
         torchtune_python=torchtune_python,
+        again=again,
     )
     sys.exit(outcome.exit_code)

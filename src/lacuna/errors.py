@@ -5,6 +5,7 @@ LacunaError            exit 2, one message, no traceback
 ├── DataError          a data file, its rows, or what the chat template makes of them
 ├── ModelError         a model folder or name, its tokenizer, or what the model cannot do
 ├── RunError           the run folder: in use, of another run, damaged, disk full
+│   └── OtherInputsError   exit 1: the run is finished, but its data or its model are other ones now
 ├── ClusterError       SLURM: not there, or it refused
 ├── NonFiniteLossError training diverged; the last checkpoint is untouched
 ├── LostProcessError   another process of the run has ended; its own message says why
@@ -43,6 +44,12 @@ class ModelError(LacunaError):
 
 class RunError(LacunaError):
     """The run folder: in use, of another run, damaged, or the disk is full."""
+
+
+class OtherInputsError(RunError):
+    """The run is finished, but its data, tokenizer or base model are other ones now."""
+
+    exit_code = 1
 
 
 class ClusterError(LacunaError):

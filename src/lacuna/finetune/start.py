@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
 from lacuna.train.progress import TrainingProgress
-from lacuna.train.record import record_model, record_start
+from lacuna.train.record import identity_now, record_model, record_start
 from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import open_tracker
@@ -53,13 +54,18 @@ BYTES_PER_PARAMETER = 12 + 4
 
 
 def finetune(
-    config: FinetuneConfig, resume: str | None, verbose: bool, command: list[str], files: Sequence[str] = ()
+    config: FinetuneConfig,
+    resume: str | None,
+    verbose: bool,
+    command: list[str],
+    files: Sequence[str] = (),
+    again: bool = False,
 ) -> None:
     """Train an adapter and leave a run folder with the adapter in `final/`.
 
     resume: a run folder or one of its checkpoints; "auto" the newest run; None a new one, or the one that is in
     training.output_dir already. verbose: every step's metrics. command: what the user typed. files:
-    that the config was read from.
+    that the config was read from. again: a finished run is put aside, and trained anew.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     given = config_facts(files)
@@ -74,7 +80,7 @@ def finetune(
             console.print(f"adapter: {folder / 'final'}")
 
         resume_with = resume_command(_without_resume(command), config.gpus, "--resume", str(flat.output_dir))
-        supervise(config, flat, resume_with, lambda: after_out_of_memory(config), work, world)
+        supervise(config, flat, resume_with, lambda: after_out_of_memory(config), work, world, again)
 
 
 def with_folder(config: FinetuneConfig, resume: str | None) -> tuple[FinetuneConfig, list[str]]:
@@ -128,12 +134,13 @@ def prepare(
     total_steps = count_steps(flat, len(rows))
     world.agreed(lambda: check_warmup(flat, total_steps))
     fingerprint = rows.fingerprint()
-    settings = config.settings(world.size)
+    settings, precision = config.settings(world.size), str(execution.dtype)
+    identity = world.first(lambda: identity_now(flat, tokenizer, validation_rows))
     found = world.first(
-        lambda: find_checkpoint(config, flat, folder, settings, fingerprint, str(execution.dtype), console)
+        lambda: find_checkpoint(config, flat, folder, settings, fingerprint, identity, precision, console)
     )
     return Prepared(
-        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found, world
+        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, identity, found, world
     )
 
 
@@ -148,6 +155,8 @@ def _finetune(
     prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
     record_start(config, flat, prepared, command, given)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
+    held_out = prepared.validation_rows
+    prepared = replace(prepared, identity=world.first(lambda: identity_now(flat, tokenizer, held_out)))
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))
@@ -167,9 +176,10 @@ def _finetune(
         console.print(said)
     optimizer = make_adapter_optimizer(config, flat, model, device.type)
     settings = config.settings(world.size)
-    state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, settings)
+    made_of = (prepared.fingerprint, settings, prepared.identity)
+    state = TrainingState(0, {}, 0, None, str(execution.dtype), *made_of)
     if prepared.resume_from is not None:
-        state = restore(prepared.resume_from, model, optimizer)
+        state = replace(restore(prepared.resume_from, model, optimizer), identity=prepared.identity)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {prepared.total_steps})")
     trainer = make_trainer(config, flat, prepared, model, state, optimizer, checkpointing)
     epochs = flat.epochs or math.ceil(prepared.total_steps * flat.batch_size / len(rows))

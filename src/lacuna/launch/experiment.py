@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lacuna.config.files import read_layer
-from lacuna.errors import ConfigError
+from lacuna.errors import ConfigError, OtherInputsError
 from lacuna.experiment.checks import Problem
 from lacuna.experiment.folder import MAPPING
 from lacuna.experiment.generator import generate
@@ -20,12 +20,12 @@ from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
 from lacuna.launch.lease import is_leased
 from lacuna.launch.pool import execute
-from lacuna.launch.selection import Planned, choose, plan
+from lacuna.launch.selection import Planned, choose, plan, with_other_inputs
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
 from lacuna.platform.detect import read_host
 from lacuna.platform.ready import problems_of, refuse
-from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of
+from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of, put_aside
 from lacuna.runs.status import Row, table
 
 QUEUED = {"pending", "submitted", "starting", "running", "requeued", "restarting"}
@@ -58,6 +58,7 @@ def run(
     cluster: str | None = None,
     output: str | None = None,
     torchtune_python: str | None = None,
+    again: bool = False,
 ) -> Outcome:
     """Run what is missing or unfinished of an experiment, and show how it goes; finished runs are left as they are.
 
@@ -66,7 +67,8 @@ def run(
     only: ids of runs. jobs: runs at the same time, 1 by default. slurm: submit the runs as an array instead, with the
     settings of the experiment's slurm section over those of the file `cluster`; output: where its scripts and logs go.
 
-    Raises ConfigError with all problems before anything is started.
+    again: train those anew that are finished, but whose data or model have changed since; their folders are put aside.
+    Raises ConfigError with all problems before anything is started, and OtherInputsError for such runs without again.
     """
     _check_options(target, configs, force, jobs, slurm, cluster, output)
     console = Console(highlight=False)
@@ -81,6 +83,12 @@ def run(
     mapping = read_mapping(target)
     chosen = choose(mapping, [only] if isinstance(only, str) else only)
     missing, finished = plan(mapping, chosen)
+    others = with_other_inputs(mapping, finished)
+    if others and not again:
+        raise OtherInputsError(list(_tell_others(others, len(finished))))
+    for run, _ in others:
+        console.print(f"note: {run.id}, finished, is kept: {put_aside(run.folder)}", soft_wrap=True, markup=False)
+    missing, finished = plan(mapping, chosen) if others else (missing, finished)
     queued = {row.run: row for row in _rows(mapping, chosen) if _is_queued(row)}
     for id, row in list(queued.items())[:SHOWN_FAILURES]:
         console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
@@ -102,11 +110,24 @@ def run(
     with Board(missing, finished, len(parts), console) as board:
         signals = execute(missing, words, mapping.directory, parts, board)
     rows = [_known(row, board) for row in _rows(mapping, chosen)]
-    again = ["lacuna", "run", place, *(["--only", ",".join(row.run for row in rows)] if only else [])]
-    again += ["--jobs", str(jobs)] if jobs is not None else []
-    _tell(rows, missing, shlex.join(again), bool(signals), console)
+    same = ["lacuna", "run", place, *(["--only", ",".join(row.run for row in rows)] if only else [])]
+    same += ["--jobs", str(jobs)] if jobs is not None else []
+    _tell(rows, missing, shlex.join(same), bool(signals), console)
     all_finished = all(row.state == "finished" for row in rows)
     return Outcome(place, rows, 128 + signals[0] if signals else 0 if all_finished else 1, [])
+
+
+def _tell_others(others: Sequence[tuple[Planned, Sequence[str]]], finished: int) -> Iterator[str]:
+    runs: dict[str, list[str]] = {}
+    for run, changed in others:
+        runs.setdefault(", ".join(changed), []).append(run.id)
+    for changed, ids in runs.items():
+        which = ids[0] if len(ids) == 1 else f"{len(ids)} runs ({ids[0]} … {ids[-1]})"
+        yield f"{which}: finished, but made of something else: {changed} changed since"
+    yield (
+        f"{len(others)} of {finished} finished runs: nothing was started; --again trains these anew and keeps their "
+        "folders beside the new ones, --only starts others"
+    )
 
 
 def _check_options(

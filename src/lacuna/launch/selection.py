@@ -11,7 +11,8 @@ from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.experiment.mapping import RunMapping
 from lacuna.flags import shown
 from lacuna.launch.start import digest_of
-from lacuna.runs.folder import read_status, refuse_foreign_folder
+from lacuna.runs.folder import read_status, refuse_foreign_folder, starts_of
+from lacuna.runs.identity import changed_inputs
 from lacuna.runs.settings import difference, has_run
 
 MEND = "move that folder away, or give the experiment another output_dir"
@@ -60,6 +61,12 @@ def plan(mapping: RunMapping, indices: Iterable[int]) -> tuple[list[Planned], li
     if problems:
         raise ConfigError(problems)
     return missing, finished
+
+
+def with_other_inputs(mapping: RunMapping, finished: Iterable[Planned]) -> list[tuple[Planned, list[str]]]:
+    """The finished runs whose files hold something else now than when they were made, and which files these are."""
+    found = [(run, changed_inputs((starts_of(run.folder) or [{}])[-1], mapping.directory)) for run in finished]
+    return [(run, changed) for run, changed in found if changed]
 
 
 def _planned(mapping: RunMapping, index: int) -> Planned:

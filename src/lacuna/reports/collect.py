@@ -124,7 +124,7 @@ def _result(run: Generated, row: Row) -> tuple[RunResult, set[str]]:
     metrics, reason = _final(folder, status, curves, flat) if is_finished else ({}, row.reason)
     found = (metrics, {name: _finite(curve) for name, curve in curves.items()}, budget, facts)
     weights: set[str] = {flat.final_weights} if flat is not None and is_finished else set()
-    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason, *found), weights
+    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason or row.reason, *found), weights
 
 
 def _foreign(run: Generated, folder: Path, devices: int, state: str) -> str | None:

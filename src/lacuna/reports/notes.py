@@ -9,6 +9,7 @@ from lacuna.reports.metric import VALIDATION, is_loss
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
+from lacuna.runs.identity import CHANGED
 
 SAME_SHARE = 0.01
 """Tokens or steps of two arms that differ by less are the same: the order of the data alone does that."""
@@ -30,6 +31,12 @@ def notes_of(
     """A sentence each."""
     if foreign := [f"{run.id}: {run.reason}" for run in runs if run.state == "other settings"]:
         yield f"{counted(len(foreign), 'folder')} with a run of other settings, which counts nowhere: {some(foreign)}"
+    if changed := [run for run in runs if run.state == "finished" and run.reason.startswith(CHANGED)]:
+        names = dict.fromkeys(name for run in changed for name in run.reason.removeprefix(CHANGED).split(", "))
+        yield (
+            f"{counted(len(changed), 'finished run')} made of something else than is there now ({some([*names], ', ')} "
+            "changed since): the numbers are those of then; `lacuna run --again` trains them anew"
+        )
     yield from _incomparable([run for run in runs if metric in run.metrics], metric)
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
         yield f"{counted(len(lost), 'finished run')} without a number for {metric}, not counted: {some(lost, ', ')}"

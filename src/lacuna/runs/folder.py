@@ -120,6 +120,14 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
+def put_aside(folder: Path) -> Path:
+    """Give a run folder another name beside it, so that a new run may have its place; returns the new name."""
+    names = (folder.with_name(f"{folder.name}.before-{number}") for number in range(1, 10000))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    return aside
+
+
 def write_config(folder: Path, config: BaseModel) -> str:
     """config.toml; returns its SHA-256."""
     text = tomli_w.dumps(config.model_dump(exclude_none=True))

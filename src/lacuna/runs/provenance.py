@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lacuna.experiment.folder import MAPPING
 from lacuna.experiment.mapping import read_mapping
 from lacuna.platform.detect import Device, read_host
 from lacuna.runs.folder import read_status, starts_of, write_json
+from lacuna.runs.hashing import sha256_of, sha256_of_all
+from lacuna.runs.identity import file_entry
 
 PACKAGES = (
     "lacuna", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl", "peft", "accelerate",
@@ -32,7 +34,8 @@ PACKAGES = (
 FIELDS = (
     "time", "command", "trainer", "recipe", "resume", "packages", "python", "platform", "git", "lacuna_git",
     "config_files", "config_sha256", "experiment", "data_files", "data_sha256", "tokenizer", "tokenizer_sha256",
-    "chat_template_sha256", "model", "model_revision", "model_commit", "initialise", "weights_fingerprint",
+    "tokenizer_files", "chat_template_sha256", "model", "model_revision", "model_commit", "initialise",
+    "model_files", "weights_fingerprint",
     "parent_run", "parameters", "trained_parameters", "device", "device_memory", "devices", "cpu", "cores",
     "host_memory", "cuda", "driver", "precision", "attention", "compile", "activation_checkpointing", "seed",
     "total_steps", "slurm",
@@ -189,8 +192,7 @@ def data_facts(config: TrainingConfig) -> dict[str, Any]:
 
 
 def file_facts(file: Path, hashed: bool = True) -> dict[str, Any]:
-    sha256 = sha256_of(file) if hashed else None
-    return {"path": without_home(str(file)), "bytes": file.stat().st_size, "sha256": sha256}
+    return file_entry(file, without_home(str(file)), hashed)
 
 
 def hub_facts(name: str, subset: str | None, split: str) -> dict[str, Any]:
@@ -206,7 +208,11 @@ def tokenizer_facts(config: TrainingConfig, origin: str) -> dict[str, Any]:
     revision = config.model_revision if origin == config.model_name else None
     folder = local_folder(origin, revision)
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder is not None else []
-    return {"tokenizer": without_home(origin), "tokenizer_sha256": sha256_of_all(files)}
+    return {
+        "tokenizer": without_home(origin),
+        "tokenizer_sha256": sha256_of_all(files),
+        "tokenizer_files": [file_facts(file) for file in files],
+    }
 
 
 def template_sha256(template: Any) -> str | None:
@@ -229,14 +235,22 @@ def model_facts(config: TrainingConfig) -> dict[str, Any]:
     folder = local_folder(config.model_name, config.model_revision)
     is_hub = folder is not None and not Path(config.model_name).is_dir()
     is_pretrained = config.initialise == "pretrained" and folder is not None
+    files = model_files(folder, is_pretrained) if folder is not None and not is_hub else []
     return {
         "model": without_home(config.model_name),
         "model_revision": config.model_revision,
         "model_commit": folder.name if folder is not None and is_hub else None,
         "initialise": config.initialise,
+        "model_files": [file_facts(file) for file in files],
         "weights_fingerprint": weights_fingerprint(folder) if folder is not None and is_pretrained else None,
         "parent_run": parent_run(Path(config.model_name)) if is_pretrained else None,
     }
+
+
+def model_files(folder: Path, with_weights: bool) -> list[Path]:
+    """config.json and the weights of a model's folder."""
+    wanted = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [path for path in wanted if path.name == "config.json" or (with_weights and path.suffix in WEIGHTS)]
 
 
 def local_folder(name: str, revision: str | None) -> Path | None:
@@ -279,17 +293,6 @@ def weights_fingerprint(folder: Path) -> str:
                 file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def sha256_of_all(files: Iterable[Path]) -> str | None:
-    """SHA-256 over the files' names and hashes; None where there are none."""
-    lines = [f"{file.name} {sha256_of(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
 
 def without_home(text: str) -> str:

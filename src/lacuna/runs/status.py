@@ -13,7 +13,8 @@ from lacuna.errors import RunError
 from lacuna.experiment.folder import MAPPING
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.record import Submission, read_submissions
-from lacuna.runs.folder import is_held, read_status
+from lacuna.runs.folder import is_held, read_status, starts_of
+from lacuna.runs.identity import CHANGED, changed_inputs
 from lacuna.runs.logs import last_words, tail
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
 
@@ -56,6 +57,8 @@ class Place:
     folder: Path | None
     submission: Submission | None = None
     task: int = 0
+    directory: Path = Path()
+    """From which relative paths in its config are."""
 
     @property
     def job(self) -> str | None:
@@ -106,6 +109,8 @@ def _row(
         return Row(place.run, folder, state, job=job, reason=reason)
     is_newer = queue.time is not None and status.get("time", 0) > queue.time
     state, reason = _started(status, alive or is_newer, active, past.get(job or ""))
+    if state == "finished" and place.folder is not None:
+        reason = _changed(place.folder, place.directory) or reason
     return Row(
         place.run,
         folder,
@@ -118,6 +123,15 @@ def _row(
         job,
         reason,
     )
+
+
+def _changed(folder: Path, directory: Path) -> str:
+    """What a finished run was made of that is something else now; nothing where that is not known."""
+    try:
+        changed = changed_inputs((starts_of(folder) or [{}])[-1], directory)
+    except RunError:
+        return ""
+    return CHANGED + ", ".join(changed) if changed else ""
 
 
 def _unstarted(place: Place, asked: float | None, active: JobState | None, end: JobState | None) -> tuple[str, str]:
@@ -178,9 +192,11 @@ def _run_folders(folder: str, depth: int) -> Iterator[str]:
 def _of_mapping(mapping: RunMapping) -> list[Place]:
     submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
     tasks = {done.offset + task: (done, task) for done in submissions for task in done.numbers()}
-    return [
-        Place(run, mapping.folder(index), *tasks.get(index, (None, 0))) for index, (run, _) in enumerate(mapping.places)
-    ]
+    places = []
+    for index, (run, _) in enumerate(mapping.places):
+        submission, task = tasks.get(index, (None, 0))
+        places.append(Place(run, mapping.folder(index), submission, task, mapping.directory))
+    return places
 
 
 SHOWN_REASON = 120

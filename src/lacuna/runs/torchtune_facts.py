@@ -11,15 +11,15 @@ from typing import Any
 from lacuna import __version__
 from lacuna.experiment.merge import MISSING, get
 from lacuna.platform.detect import Device, nvidia_smi
+from lacuna.runs.hashing import sha256_of, sha256_of_all
 from lacuna.runs.provenance import (
     PACKAGES,
     config_facts,
     file_facts,
     hardware,
     hub_facts,
+    model_files,
     parent_run,
-    sha256_of,
-    sha256_of_all,
     slurm_facts,
     weights_fingerprint,
     without_home,
@@ -78,11 +78,15 @@ def torchtune_inputs(values: Mapping[str, Any]) -> dict[str, Any]:
     place = get(values, "checkpointer.checkpoint_dir")
     model = Path(place) if isinstance(place, str) else None
     is_here = model is not None and model.is_dir()
+    present = [file for file in tokenizer if file.is_file()]
+    weights = model_files(model, with_weights=True) if model is not None and is_here else []
     return {
         "data_files": torchtune_data(values),
         "tokenizer": without_home(str(tokenizer[0])) if tokenizer else None,
-        "tokenizer_sha256": sha256_of_all(file for file in tokenizer if file.is_file()),
+        "tokenizer_sha256": sha256_of_all(present),
+        "tokenizer_files": [file_facts(file) for file in present],
         "model": without_home(str(model)) if model is not None else None,
+        "model_files": [file_facts(file) for file in weights],
         "weights_fingerprint": weights_fingerprint(model) if model is not None and is_here else None,
         "parent_run": parent_run(model) if model is not None and is_here else None,
     }

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from lacuna.errors import RunError
 from lacuna.runs.folder import write_json, write_whole
+from lacuna.runs.identity import Identity
 from lacuna.runs.metrics import validation_losses
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -52,6 +53,8 @@ class TrainingState:
     data: str
     """Fingerprint of the packed data, or of the files that are streamed."""
     config: dict[str, Any]
+    identity: Identity = field(default_factory=dict)
+    """Of what else the run is made; nothing in checkpoints of a version before it was kept."""
 
 
 def checkpoint_name(step: int) -> str:

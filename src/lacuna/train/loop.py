@@ -25,6 +25,7 @@ from lacuna.data.loader import Batch, PackedRow, PackedRows, batches
 from lacuna.data.stream import stream
 from lacuna.errors import Interrupted, NonFiniteLossError, RunError
 from lacuna.runs.folder import write_status
+from lacuna.runs.identity import Identity
 from lacuna.runs.metrics import MetricsLog
 from lacuna.train.checkpoint import (
     CheckpointWriter,
@@ -62,6 +63,9 @@ class Prepared:
     validation_rows: PackedRows | None
     total_steps: int
     fingerprint: str
+    """Of the rows that are trained on."""
+    identity: Identity
+    """Of what else the run is made."""
     resume_from: Path | None
     world: World
 
@@ -87,9 +91,10 @@ def train_steps(
     regular = regular_saves(config.save_every, total_steps)
     checkpoints = folder / "checkpoints"
     writer = CheckpointWriter(checkpoints, config.keep_last, config.keep_best, regular, world.groups[1])
-    state = TrainingState(0, {}, 0, None, str(execution.dtype), prepared.fingerprint, config.model_dump())
+    made_of = (prepared.fingerprint, config.model_dump(), prepared.identity)
+    state = TrainingState(0, {}, 0, None, str(execution.dtype), *made_of)
     if prepared.resume_from is not None:
-        state = restore(prepared.resume_from, model.causal_lm, optimizer)
+        state = replace(restore(prepared.resume_from, model.causal_lm, optimizer), identity=prepared.identity)
         console.print(f"resuming from {prepared.resume_from} (step {state.step} of {total_steps})")
     source = read_batches(config, prepared, state.position or None, console)
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.data.loader import PackedRows
 from lacuna.runs.folder import write_config
+from lacuna.runs.identity import Identity, identity_of
 from lacuna.runs.provenance import (
     add_facts,
     data_facts,
@@ -49,6 +51,17 @@ def record_start(
         "resume": flat.resume,
     }
     write_provenance(prepared.folder, command, facts)
+
+
+def identity_now(flat: TrainingConfig, tokenizer: Any, validation_rows: PackedRows | None) -> Identity:
+    """Of what the run is made, as it is on the disk; the commit of a hub model is known once that was loaded."""
+    facts = {
+        **data_facts(flat),
+        **tokenizer_facts(flat, tokenizer.name_or_path),
+        **model_facts(flat),
+        "chat_template_sha256": template_sha256(tokenizer.chat_template),
+    }
+    return identity_of(facts, None if validation_rows is None else validation_rows.fingerprint())
 
 
 def record_model(flat: TrainingConfig, prepared: Prepared, model: nn.Module, checkpointing: bool) -> None:

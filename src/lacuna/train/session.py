@@ -16,8 +16,9 @@ from rich.console import Console
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
-from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, RunError
-from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status
+from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, OtherInputsError, RunError
+from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_folder, starts_of, write_status
+from lacuna.runs.identity import Identity, changed_inputs, differences
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.runs.settings import changes, difference, has_run
 from lacuna.train.checkpoint import damage, newest_whole, read_state
@@ -39,11 +40,13 @@ def supervise(
     out_of_memory: Callable[[], str],
     work: Callable[[Path, Console, StopRequest], None],
     world: World,
+    again: bool = False,
 ) -> None:
     """Do the work in the run folder, unless that is done; status.json tells how it ended.
 
-    flat: config in the names of our own loop. resume_with: the command that goes on with the run. world: the processes
-    that train together; all but the first are silent, and write nothing but why they failed.
+    again: put a finished run aside and train anew. flat: config in the names of our own loop. resume_with: the command
+    that goes on with the run. world: the processes that train together; all but the first are silent, and write
+    nothing but why they failed.
     Raises LacunaError for what the user can mend, Interrupted after a signal.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_first)
@@ -52,10 +55,14 @@ def supervise(
 
         def enter() -> bool:
             refuse_foreign_folder(folder)
+            if again and (read_status(folder) or {}).get("state") == "finished":
+                with locked(folder):
+                    console.print(f"the finished run is kept: {put_aside(folder)}")
             held.enter_context(locked(folder))
             if is_finished := _is_finished(folder, config, flat, world.size):
                 if (read_status(folder) or {}).get("state") != "finished":
                     write_status(folder, "finished", **_last_step(folder))
+                refuse_other_inputs(folder)
                 console.print(f"already finished: {folder / 'final'}")
             else:
                 _refuse_hopeless_restart(folder)
@@ -87,6 +94,18 @@ def supervise(
             raise error
         if losses := list(validation_losses(folder).values()):
             console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
+
+
+def refuse_other_inputs(folder: Path, directory: Path = Path()) -> None:
+    """Raise OtherInputsError where a finished run's files hold something else now than when its weights were made.
+
+    directory: from which the run's relative paths are.
+    """
+    if changed := changed_inputs((starts_of(folder) or [{}])[-1], directory):
+        raise OtherInputsError(
+            f"{folder} is finished, but was made of something else: {', '.join(changed)} changed since; --again trains "
+            "anew and keeps the old folder beside it, or choose another --output-dir"
+        )
 
 
 def _refuse_hopeless_restart(folder: Path) -> None:
@@ -163,10 +182,14 @@ def find_checkpoint(
     folder: Path,
     settings: dict[str, Any],
     fingerprint: str,
+    identity: Identity,
     precision: str,
     console: Console,
 ) -> Path | None:
-    """The checkpoint to go on from; None for a new run. Raises RunError where it is damaged, or of another run."""
+    """The checkpoint to go on from; None for a new run. Raises RunError where it is damaged, or of another run.
+
+    fingerprint: of the training rows. identity: of what else the run is made.
+    """
     resume = resume_now(flat, folder)
     if resume == "never":
         return None
@@ -187,8 +210,14 @@ def find_checkpoint(
     if (trainer := state.config.get("trainer")) != settings["trainer"]:
         raise RunError(f"{found} is a checkpoint of a {trainer} run, this is {settings['trainer']}")
     refuse_other_settings(state.config, settings, config.may_change, f"the checkpoint {found}")
+    different = differences(state.identity, identity)
     if state.data != fingerprint:
-        raise RunError(f"{found}: the data or the tokenizer have changed since it was written; restore them to resume")
+        files = changed_inputs((starts_of(folder) or [{}])[-1])
+        which = f" ({', '.join(files)})" if files else ""
+        different.insert(0, f"training data: other rows than it was trained on{which}")
+    if different:
+        problems = [f"{found} was made of something else: {what}" for what in different]
+        raise RunError([*problems, "restore what has changed to resume, or choose another --output-dir for a new run"])
     if state.precision != precision:
         raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set --precision")
     return found

@@ -1,6 +1,7 @@
 """From a config to a running loop: everything that can fail is tried here, the cheap things first."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lacuna.train.loop import Prepared, settle, train_steps
 from lacuna.train.model import Execution, LossModel, resolve_execution
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
-from lacuna.train.record import record_model, record_start
+from lacuna.train.record import identity_now, record_model, record_start
 from lacuna.train.session import (
     check_disk,
     check_resume_path,
@@ -34,11 +35,11 @@ BYTES_PER_PARAMETER = 12 + 4
 """A checkpoint's weight and two moments in fp32, and the final weight."""
 
 
-def train(config: TrainingConfig, command: list[str], files: Sequence[str] = ()) -> None:
+def train(config: TrainingConfig, command: list[str], files: Sequence[str] = (), again: bool = False) -> None:
     """Train what the config says and leave a run folder with `final/` in it.
 
     command: what the user typed; shown as what resumes the run, and kept in the provenance, as is the hash of the
-    files that the config was read from.
+    files that the config was read from. again: a finished run is put aside, and trained anew.
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     resume_with = resume_command(command, config.gpus, *([] if config.resume == "auto" else ["--resume", "auto"]))
@@ -49,7 +50,7 @@ def train(config: TrainingConfig, command: list[str], files: Sequence[str] = ())
             _train(config, folder, command, given, console, stop, world)
             console.print(f"model: {folder / 'final'}")
 
-        supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world)
+        supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world, again)
 
 
 def check_before(
@@ -92,17 +93,19 @@ def _train(
     world.agreed(lambda: check_warmup(config, total_steps))
     fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     precision = str(execution.dtype)
+    identity = world.first(lambda: identity_now(config, tokenizer, validation_rows))
     found = world.first(
-        lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, precision, console)
+        lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, identity, precision, console)
     )
     prepared = Prepared(
-        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, found, world
+        folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, identity, found, world
     )
     record_start(config, config, prepared, command, given)
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
         model = load_sharded(config, model_config, tokenizer, execution, world)
+    prepared = replace(prepared, identity=world.first(lambda: identity_now(config, tokenizer, validation_rows)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
     shards = world.local_size if config.sharding == "hybrid" else world.size

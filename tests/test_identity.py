@@ -1,0 +1,237 @@
+"""A run goes on, and counts as finished, only as what it was made of: rows, weights, tokenizer, template."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lacuna
+from conftest import Run, flags, spawn
+from fixtures import make_model, write_chat, write_texts
+from lacuna.config.yaml_format import dump_yaml
+from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry
+from lacuna.runs.status import table
+from lacuna.train.checkpoint import manifest_text
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> Path:
+    """A working directory with a model, data and validation data of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(model_folder, "model")
+    write_chat(Path("chat.jsonl"))
+    write_chat(Path("held_out.jsonl"), seed=5)
+    return tmp_path
+
+
+@pytest.fixture
+def settings(here: Path) -> Settings:
+    return {
+        "model_name": "model", "dataset": "chat.jsonl", "validation_dataset": "held_out.jsonl", "steps": 4,
+        "batch_size": 4, "micro_batch_size": 2, "sequence_length": 96, "learning_rate": 1e-3, "save_every": 2,
+        "log_every": 1, "output_dir": "out", "device": "cpu",
+    }  # fmt: skip
+
+
+def flip(file: Path) -> None:
+    """One bit of the last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def stopped(command: str, *words: str, folder: Path = Path("out")) -> None:
+    """A run that was told to stop after its first checkpoint."""
+    process = spawn(command, *words)
+    process.wait_until(lambda: any(folder.glob("checkpoints/step-*")))
+    process.stop(signal.SIGTERM)
+
+
+def test_a_run_goes_on_with_nothing_but_what_it_was_made_of(run: Run, settings: Settings, here: Path) -> None:
+    settings |= {"steps": 3000}
+    stopped("sft", *flags(**settings))
+    before = sorted(path.name for path in Path("out/checkpoints").iterdir())
+    changes = {
+        "model/model.safetensors": "base model: model.safetensors has changed",
+        "model/config.json": "base model: config.json has changed",
+        "model/tokenizer_config.json": "tokenizer: tokenizer_config.json has changed",
+        "model/chat_template.jinja": "chat template: text has changed",
+        "chat.jsonl": "training data: other rows than it was trained on (chat.jsonl)",
+        "held_out.jsonl": "validation data: rows has changed",
+    }
+    for name, said in changes.items():
+        file = Path(name)
+        kept = file.read_bytes()
+        if file.suffix == ".jsonl":
+            file.write_bytes(b"".join(kept.splitlines(keepends=True)[1:]))
+        elif file.suffix == ".safetensors":
+            flip(file)
+        else:
+            file.write_bytes(kept.replace(b"assistant", b"helper") if file.suffix == ".jinja" else kept + b"\n")
+        outcome = run("sft", **settings)
+        assert outcome.code == 2, name
+        assert f"was made of something else: {said}" in outcome.output
+        assert "restore what has changed to resume" in outcome.output
+        file.write_bytes(kept)
+    assert sorted(path.name for path in Path("out/checkpoints").iterdir()) == before
+    process = spawn("sft", *flags(**settings))
+    process.wait_until(lambda: "resuming from" in process.output())
+    process.stop(signal.SIGTERM)
+
+
+def test_an_adapter_does_not_go_on_over_other_base_weights(run: Run, here: Path) -> None:
+    values = {
+        "model": {"path": "model"}, "dataset": {"path": "chat.jsonl"}, "device": "cpu",
+        "training": {
+            "output_dir": "out", "max_steps": 3000, "save_steps": 1, "eval_steps": 1000, "batch_size": 2,
+            "gradient_accumulation_steps": 1, "sequence_length": 96, "lora_r": 2,
+        },
+    }  # fmt: skip
+    Path("f.yaml").write_text(dump_yaml(values))
+    stopped("finetune", "--config", "f.yaml")
+    flip(Path("model/model.safetensors"))
+    outcome = run("finetune", "--config", "f.yaml")
+    assert outcome.code == 2
+    assert "was made of something else: base model: model.safetensors has changed" in outcome.output
+
+
+def test_a_change_in_the_middle_of_a_streamed_file_is_seen(run: Run, settings: Settings, here: Path) -> None:
+    write_texts(Path("texts.jsonl"), rows=400)
+    streamed = {**settings, "dataset": "texts.jsonl", "streaming": "true", "steps": 3000, "sequence_length": 32}
+    del streamed["validation_dataset"]
+    stopped("pretrain", *flags(**streamed))
+    content = bytearray(Path("texts.jsonl").read_bytes())
+    middle = content.index(b"e", len(content) // 2)
+    content[middle] = ord("a")
+    Path("texts.jsonl").write_bytes(content)
+    outcome = run("pretrain", **streamed)
+    assert outcome.code == 2
+    assert "was made of something else: streamed data: texts.jsonl has changed" in outcome.output
+
+
+def test_a_checkpoint_from_before_identities_were_kept_still_goes_on(settings: Settings, here: Path) -> None:
+    settings |= {"steps": 3000}
+    stopped("sft", *flags(**settings))
+    for checkpoint in Path("out/checkpoints").glob("step-*"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["identity"]
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        entry = file_entry(checkpoint / "state.json", "state.json")
+        files["state.json"] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+        (checkpoint / "manifest.json").write_text(manifest_text(files))
+    process = spawn("sft", *flags(**settings))
+    process.wait_until(lambda: "resuming from" in process.output())
+    process.stop(signal.SIGTERM)
+
+
+def test_a_finished_run_whose_files_changed_is_named_and_trained_anew_when_asked(
+    run: Run, settings: Settings, here: Path
+) -> None:
+    assert run("sft", **settings).code == 0
+    assert "already finished" in run("sft", **settings).output
+    os.utime("chat.jsonl", (1, 1))
+    again = run("sft", **settings)
+    assert (again.code, "already finished" in again.output) == (0, True)
+    weights = Path("out/final/model.safetensors").read_bytes()
+    for name in ("model/model.safetensors", "chat.jsonl", "held_out.jsonl"):
+        kept = Path(name).read_bytes()
+        if name.startswith("model"):
+            flip(Path(name))
+        else:
+            Path(name).write_bytes(b"".join(kept.splitlines(keepends=True)[1:]))
+        outcome = run("sft", **settings)
+        assert outcome.code == 1
+        assert (
+            f"error: out is finished, but was made of something else: {name} changed since; --again" in outcome.output
+        )
+        (row,) = table("out")
+        assert (row.state, row.reason) == ("finished", f"made of something else than is there now: {name}")
+        Path(name).write_bytes(kept)
+    Path("chat.jsonl").write_bytes(b"".join(Path("chat.jsonl").read_bytes().splitlines(keepends=True)[1:]))
+    outcome = run("sft", "--again", **settings)
+    assert outcome.code == 0
+    assert "the finished run is kept: out.before-1" in outcome.output
+    assert Path("out.before-1/final/model.safetensors").read_bytes() == weights
+    assert Path("out/final/model.safetensors").read_bytes() != weights
+    assert "already finished" in run("sft", **settings).output
+    (start,) = json.loads(Path("out/provenance.json").read_text())["starts"]
+    assert "--again" not in start["command"]
+    Path("chat.jsonl").unlink()
+    assert changed_inputs(start) == []
+
+
+def test_finished_runs_of_an_experiment_are_named_marked_and_trained_anew(run: Run, settings: Settings) -> None:
+    base = {"trainer": "sft", **settings, "steps": 2}
+    del base["validation_dataset"]
+    Path("base.yaml").write_text(dump_yaml(base))
+    own = {"experiment_name": "e", "base_config_file": "base.yaml", "controls": {"output_dir": "runs"}}
+    Path("e.yaml").write_text(dump_yaml({**own, "seeds": [1, 2]}))
+    assert run("lacuna", "run", "e.yaml").code == 0
+    assert run("lacuna", "run", "configs").code == 0
+    Path("chat.jsonl").write_bytes(b"".join(Path("chat.jsonl").read_bytes().splitlines(keepends=True)[1:]))
+    outcome = run("lacuna", "run", "configs")
+    assert outcome.code == 1
+    assert (
+        "2 runs (run_000 … run_001): finished, but made of something else: chat.jsonl changed since" in outcome.output
+    )
+    assert "2 of 2 finished runs: nothing was started; --again trains these anew" in outcome.output
+    made = lacuna.report("configs")
+    assert [note for note in made.notes if "made of something else" in note] == [
+        "2 finished runs made of something else than is there now (chat.jsonl changed since): the numbers are those of "
+        "then; `lacuna run --again` trains them anew"
+    ]
+    outcome = run("lacuna", "run", "configs", "--again", "--only", "run_001")
+    assert outcome.code == 0, outcome.output
+    assert "note: run_001, finished, is kept: runs/run_001.before-1" in outcome.output
+    assert [row.reason for row in table("configs")] == ["made of something else than is there now: chat.jsonl", ""]
+
+
+def test_what_differs_is_named_part_by_part() -> None:
+    before = {"base model": {"a": "1", "b": "2"}, "chat template": {"text": "3"}}
+    now = {"base model": {"a": "1", "b": "4", "c": "5"}, "tokenizer": {"d": "6"}}
+    assert differences(before, now) == [
+        "base model: b has changed, c was not there", "chat template: text is not there any more",
+        "tokenizer: d was not there",
+    ]  # fmt: skip
+    assert differences(before, before) == differences({}, now) == []
+
+
+def test_a_large_file_is_read_once_for_each_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    large, small = tmp_path / "large", tmp_path / "small"
+    for file in (large, small):
+        file.write_bytes(b"a" * (2**20 if file is large else 10))
+        os.utime(file, ns=(10**18, 10**18))
+    before = {file: cached_sha256(file) for file in (large, small)}
+    for file in (large, small):
+        flip(file)
+        os.utime(file, ns=(10**18, 10**18))
+    assert cached_sha256(large) == before[large]
+    assert cached_sha256(small) != before[small]
+    os.utime(large, ns=(10**18 + 1, 10**18 + 1))
+    assert cached_sha256(large) != before[large]
+    (tmp_path / "cache" / "lacuna" / "hashes.json").write_text("[")
+    assert cached_sha256(large) != before[large]
+    large.touch()
+    flip(large)
+    assert cached_sha256(large) == before[large]
+
+
+def test_where_nothing_can_be_remembered_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_model(tmp_path / "model", hidden=256)
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, ns=(10**18, 10**18))
+    first = cached_sha256(weights)
+    flip(weights)
+    os.utime(weights, ns=(10**18, 10**18))
+    assert cached_sha256(weights) != first

@@ -102,6 +102,30 @@ def test_an_adapter_does_not_go_on_over_other_base_weights(run: Run, here: Path)
     assert "was made of something else: base model: model.safetensors has changed" in outcome.output
 
 
+def test_an_adapter_is_not_taken_over_another_base_by_accident(run: Run, here: Path) -> None:
+    training = {"output_dir": "out", "max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_r": 2}
+    values = {"model": {"path": "model"}, "dataset": {"path": "chat.jsonl"}, "device": "cpu"}
+    Path("f.yaml").write_text(dump_yaml({**values, "training": {**training, "sequence_length": 96}}))
+    assert run("finetune", "--config", "f.yaml").code == 0
+    assert run("lacuna", "merge", "out", "--output", "same").code == 0
+    flip(Path("model/model.safetensors"))
+    Path("prompts.txt").write_text("hello\n")
+    taken = {
+        "merge": ["lacuna", "merge", "out", "--output", "merged"],
+        "compare": ["lacuna", "compare", "out", "model", "--prompts", "prompts.txt", "--max-tokens", "2"],
+    }
+    for words in (*taken.values(), ["chat", "--model", "out/final", "--json"]):
+        outcome = run(*words)
+        assert outcome.code == 2
+        assert (
+            "its base model is not the one that it was trained over: model/model.safetensors changed" in outcome.output
+        )
+    for words in taken.values():
+        assert run(*words, "--allow-changed-base").code == 0
+    outcome = run("finetune", "--config", "f.yaml")
+    assert (outcome.code, "out is finished, but was made of something else" in outcome.output) == (1, True)
+
+
 def test_a_change_in_the_middle_of_a_streamed_file_is_seen(run: Run, settings: Settings, here: Path) -> None:
     write_texts(Path("texts.jsonl"), rows=400)
     streamed = {**settings, "dataset": "texts.jsonl", "streaming": "true", "steps": 3000, "sequence_length": 32}

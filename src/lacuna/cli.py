@@ -190,14 +190,15 @@ def finetune(
 @lacuna.command(context_settings=HELP)
 @click.argument("run_folder", metavar="RUN")
 @click.option("--output", metavar="DIR", required=True, help="Where the merged model goes; a new folder.")
+@cli_chat.CHANGED_BASE
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def merge(run_folder: str, output: str, verbose: bool) -> None:
+def merge(run_folder: str, output: str, allow_changed_base: bool, verbose: bool) -> None:
     """Write the model of RUN (a run, its final folder or any adapter) with the adapter merged into its weights."""
     try:
         from lacuna.finetune.merge import merge as write
     except ModuleNotFoundError as error:
         raise MissingExtraError("finetune", error.name or "peft") from error
-    click.echo(write(run_folder, output))
+    click.echo(write(run_folder, output, allow_changed_base))
 
 
 @lacuna.command(context_settings=HELP)

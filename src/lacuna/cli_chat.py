@@ -29,6 +29,11 @@ def setting_options(**defaults: float) -> Callable[[Callable[..., Any]], Callabl
     return decorate
 
 
+CHANGED_BASE = click.option(
+    "--allow-changed-base", is_flag=True, help="Take an adapter whose base model has changed since it was trained."
+)
+
+
 def report(text: str) -> None:
     click.echo(text, err=True)
 
@@ -55,12 +60,13 @@ def load_local(place: "Place") -> "Model":
 @click.option("--base-url", metavar="URL", help="An OpenAI-compatible endpoint that has --model.")
 @click.option("--api-key-env", metavar="VARIABLE", help="The environment variable that holds the endpoint's key.")
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
+@CHANGED_BASE
 @setting_options()
 @click.option("--json", "as_json", is_flag=True, help="Answer lines of standard input, each by a line of JSON.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def chat(
     model: str | None, adapter: str | None, base_url: str | None, api_key_env: str | None, system: str | None,
-    as_json: bool, verbose: bool, **settings: str,
+    allow_changed_base: bool, as_json: bool, verbose: bool, **settings: str,
 ) -> None:  # fmt: skip
     """Talk to a model: by default, the newest finished run below runs/.
 
@@ -85,7 +91,7 @@ def chat(
         assert model is not None
         partner: Model = connect(base_url, model, api_key_env)
     else:
-        partner = load_local(find_model(model, adapter))
+        partner = load_local(find_model(model, adapter, allow_changed_base))
     if as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
         answer_lines(partner, session, sys.stdin.buffer, as_json)
     else:
@@ -98,9 +104,12 @@ def chat(
     "--prompts", metavar="FILE", required=True, help=".jsonl with messages or prompt, or .txt, a prompt a line."
 )
 @click.option("--output", metavar="FILE", help="A new file that gets the answers as jsonl.")
+@CHANGED_BASE
 @setting_options(temperature=0)
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def compare(models: tuple[str, ...], prompts: str, output: str | None, verbose: bool, **settings: str) -> None:
+def compare(
+    models: tuple[str, ...], prompts: str, output: str | None, allow_changed_base: bool, verbose: bool, **settings: str
+) -> None:
     """Answers of several models to the same prompts, side by side.
 
     A model is whatever `chat --model` takes. Answers that the prompts' file has are shown as the reference.
@@ -109,7 +118,7 @@ def compare(models: tuple[str, ...], prompts: str, output: str | None, verbose: 
     from lacuna.chat.session import check_settings
 
     drawn = check_settings({**settings}, FLAGS)
-    places = [find_model(model) for model in models]
+    places = [find_model(model, None, allow_changed_base) for model in models]
     names = [place.name for place in places]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"compare takes two models or more, each once; given: {', '.join(names)}")

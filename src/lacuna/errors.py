@@ -4,6 +4,7 @@ LacunaError            exit 2, one message, no traceback
 ├── ConfigError        a config file, a flag or a value in it
 ├── DataError          a data file, its rows, or what the chat template makes of them
 ├── ModelError         a model folder or name, its tokenizer, or what the model cannot do
+│   └── ChangedBaseError   an adapter's base model is not the one that it was trained over
 ├── RunError           the run folder: in use, of another run, damaged, disk full
 │   └── OtherInputsError   exit 1: the run is finished, but its data or its model are other ones now
 ├── ClusterError       SLURM: not there, or it refused
@@ -44,6 +45,16 @@ class ModelError(LacunaError):
 
 class RunError(LacunaError):
     """The run folder: in use, of another run, damaged, or the disk is full."""
+
+
+class ChangedBaseError(ModelError):
+    """An adapter's base model is not the one that it was trained over."""
+
+    def __init__(self, adapter: object, changed: Sequence[str]) -> None:
+        super().__init__(
+            f"{adapter}: its base model is not the one that it was trained over: {', '.join(changed)} changed since; "
+            "restore it, or pass --allow-changed-base, and know that the adapter was made for other weights"
+        )
 
 
 class OtherInputsError(RunError):

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lacuna.config.files import did_you_mean
-from lacuna.errors import ModelError, RunError
+from lacuna.errors import ChangedBaseError, ModelError, RunError
 from lacuna.runs.folder import read_status
+from lacuna.runs.identity import changed_base
 from lacuna.runs.status import find_runs
 
 RUNS = Path("runs")
@@ -28,9 +29,19 @@ class Place:
     note: str = ""
 
 
-def find_model(name: str | None, adapter: str | None = None) -> Place:
+def find_model(name: str | None, adapter: str | None = None, allow_changed_base: bool = False) -> Place:
     """name: a run folder, its final folder, a checkpoint, an adapter, a folder of a model, or a hub name; None for the
-    newest finished run. adapter: goes over it. Raises ModelError, RunError."""
+    newest finished run. adapter: goes over it. allow_changed_base: also over one that has changed since it was trained.
+
+    Raises ModelError, RunError.
+    """
+    place = _choose(name, adapter)
+    if place.run is not None and not allow_changed_base and (changed := changed_base(place.run)):
+        raise ChangedBaseError(place.name, changed)
+    return place
+
+
+def _choose(name: str | None, adapter: str | None) -> Place:
     if adapter is None:
         return _find(name) if name is not None else _newest_run()
     over = _find(adapter)

@@ -13,21 +13,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna.data.chat import Renderer
-from lacuna.errors import ModelError, RunError
+from lacuna.errors import ChangedBaseError, ModelError, RunError
+from lacuna.runs.identity import changed_base
 from lacuna.train.model import stop_at_end_of_turn
 
 TOLERANCE = 1e-4
 """Largest difference of logits in fp32, relative to the largest logit."""
 
 
-def merge(run_folder: str, output: str) -> str:
+def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str:
     """Write base plus adapter as one model, in the base's precision, and return what was compared.
 
     Proven before it is written: in fp32 the merged model says what base and adapter say. Proven after: the files hold
     its weights, rounded to the base's precision. What that rounding changes is told.
-    Raises RunError, ModelError: no adapter there, its base cannot be loaded, the output is taken, or not the same.
+    allow_changed_base: merge over a base that has changed since the adapter was trained.
+    Raises RunError, ModelError: no adapter there, its base cannot be loaded or is another one, the output is taken, or
+    not the same.
     """
     adapter = find_adapter(Path(run_folder))
+    if not allow_changed_base and (changed := changed_base(adapter.parent)):
+        raise ChangedBaseError(adapter, changed)
     target = Path(output)
     if target.exists():
         raise RunError(f"--output {output}: is there already; name a new folder")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lacuna.runs.folder import write_whole
+from lacuna.runs.folder import starts_of, write_whole
 from lacuna.runs.hashing import sha256_of
 
 PREPARATION = "1"
@@ -79,14 +79,23 @@ CHANGED = "made of something else than is there now: "
 """How the reason of a finished run begins whose files have changed since; their names follow."""
 
 
-def changed_inputs(facts: Mapping[str, Any], directory: Path = Path()) -> list[str]:
+INPUTS = ("data_files", "model_files", "tokenizer_files")
+
+
+def changed_base(run: Path) -> list[str]:
+    """The files of the base model that hold something else now than when the adapter of a run folder was trained."""
+    start = (starts_of(run) or [{}])[-1]
+    return changed_inputs(start, kinds=("model_files",)) if start.get("trainer") == "finetune" else []
+
+
+def changed_inputs(facts: Mapping[str, Any], directory: Path = Path(), kinds: Iterable[str] = INPUTS) -> list[str]:
     """Names of the files that a start of a run was made from, and that hold something else now.
 
-    directory: from which relative paths are. Files that are as long and as old as they were are not read; files that
-    are not there any more are none that has changed.
+    directory: from which relative paths are. kinds: of files. Files that are as long and as old as they were are not
+    read; files that are not there any more are none that has changed.
     """
     changed = []
-    for kind in ("data_files", "model_files", "tokenizer_files"):
+    for kind in kinds:
         for entry in facts.get(kind) or []:
             if "path" in entry and _has_changed(entry, directory):
                 changed.append(entry["path"])

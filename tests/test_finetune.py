@@ -34,15 +34,8 @@ from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
 from lacuna.data.loader import row_order
 from lacuna.data.packing import pack
-from lacuna.train.checkpoint import (
-    CheckpointWriter,
-    TrainingState,
-    best_first,
-    regular_saves,
-    restore,
-    superfluous,
-    tensors_of,
-)
+from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, tensors_of
+from lacuna.train.kept import best_first, regular_saves, superfluous
 from lacuna.train.session import resume_command
 from test_chat import CHATML_MARKED, MISTRAL
 

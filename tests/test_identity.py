@@ -14,8 +14,9 @@ from conftest import Run, flags, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry
+from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
-from lacuna.train.checkpoint import manifest_text
+from lacuna.train.kept import manifest_text
 
 Settings = dict[str, Any]
 
@@ -216,6 +217,64 @@ def test_finished_runs_of_an_experiment_are_named_marked_and_trained_anew(run: R
     assert outcome.code == 0, outcome.output
     assert "note: run_001, finished, is kept: runs/run_001.before-1" in outcome.output
     assert [row.reason for row in table("configs")] == ["made of something else than is there now: chat.jsonl", ""]
+
+
+@pytest.fixture
+def best_is_early(run: Run, settings: Settings) -> tuple[Path, Settings]:
+    """A finished run whose learning rate is far too high at the end, so that an early checkpoint is the best; and a
+    copy in which it stands at that checkpoint."""
+    settings |= {"learning_rate": 3.0, "steps": 30, "warmup_share": 0.9, "keep_last": 1, "final_weights": "best"}
+    assert run("sft", **settings).code == 0
+    shutil.copytree("out", "cut")
+    shutil.rmtree("cut/final")
+    shutil.rmtree("cut/checkpoints/step-00000030")
+    (left,) = Path("cut/checkpoints").iterdir()
+    assert left.name < "step-00000030"
+    return left, {**settings, "output_dir": "cut"}
+
+
+def test_a_lost_log_changes_neither_the_best_checkpoint_nor_the_final_weights(
+    run: Run, best_is_early: tuple[Path, Settings]
+) -> None:
+    best, settings = best_is_early
+    Path("cut/metrics.jsonl").write_bytes(bytes(2000))
+    outcome = run("sft", **settings)
+    assert outcome.code == 0
+    assert "warning: cut/metrics.jsonl has lost lines, or is another one: it is not as it was at step" in outcome.output
+    assert Path("cut/metrics.jsonl.before-1").read_bytes() == bytes(2000)
+    assert f"final weights: {best}" in outcome.output
+    assert best.is_dir()
+    weights = [Path(folder, "final/model.safetensors").read_bytes() for folder in ("out", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_lines_that_are_missing_are_told_and_the_others_kept(run: Run, best_is_early: tuple[Path, Settings]) -> None:
+    settings = best_is_early[1]
+    lines = Path("cut/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = b"".join([lines[0], b"not JSON\n", *lines[3:]])
+    Path("cut/metrics.jsonl").write_bytes(damaged)
+    assert (
+        "; what was there is kept as metrics.jsonl.before-1; curves of this run have gaps"
+        in run("sft", **settings).output
+    )
+    assert Path("cut/metrics.jsonl.before-1").read_bytes() == damaged
+    steps = {folder: [line["step"] for line in read_metrics(Path(folder))] for folder in ("out", "cut")}
+    assert [step for step in steps["out"] if step not in steps["cut"]] == [json.loads(lines[1])["step"]]
+
+
+def test_an_undamaged_log_goes_on_without_a_word(run: Run, best_is_early: tuple[Path, Settings]) -> None:
+    best, settings = best_is_early
+    shutil.copytree(best, best.with_name("step-00000001"))
+    outcome = run("sft", **settings)
+    assert "metrics.jsonl" not in outcome.output
+    losses = [
+        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in read_metrics(Path(folder))]
+        for folder in ("out", "cut")
+    ]
+    assert losses[0] == losses[1]
+    assert not list(Path("cut").glob("metrics.jsonl.*"))
+    names = [sorted(path.name for path in Path(folder, "checkpoints").iterdir()) for folder in ("out", "cut")]
+    assert names[0] == names[1]
 
 
 def test_what_differs_is_named_part_by_part() -> None:

@@ -21,7 +21,7 @@ from lacuna.errors import RunError
 from lacuna.runs.folder import locked
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.provenance import write_provenance
-from lacuna.train.checkpoint import damage, manifest_text, newest_whole
+from lacuna.train.kept import damage, manifest_text, newest_whole
 from lacuna.train.session import resume_now
 
 Settings = dict[str, Any]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Outcome, Process, Run, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.runs.metrics import read_metrics
-from lacuna.train.checkpoint import damage
+from lacuna.train.kept import damage
 
 TIMES = {"tokens_per_second", "data_wait", "peak_memory_gib"}
 Settings = dict[str, Any]

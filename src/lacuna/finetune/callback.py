@@ -169,7 +169,7 @@ class RunFolderCallback(TrainerCallback):
         if self.written is not None:
             self.state = replace(
                 self.state, step=step, position=done.batch.position, tokens=self.tokens,
-                validation_loss=self.validation_loss,
+                validation_loss=self.validation_loss, metrics=self.written.log.mark(),
             )  # fmt: skip
             self.written.checkpoints.save(tensors_of(self.model, self.optimizer), self.state)
 

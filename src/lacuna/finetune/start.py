@@ -27,24 +27,17 @@ from lacuna.finetune.checks import (
 )
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
 from lacuna.runs.folder import write_status
-from lacuna.runs.metrics import MetricsLog
 from lacuna.runs.provenance import config_facts
-from lacuna.train.checkpoint import (
-    CheckpointWriter,
-    Regular,
-    TrainingState,
-    best_checkpoint,
-    regular_saves,
-    restore,
-    restore_weights,
-)
+from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights
 from lacuna.train.distributed import World, join, load_once
+from lacuna.train.kept import Regular, best_checkpoint, regular_saves
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
 from lacuna.train.planned import after_out_of_memory, memory_line, planned_step, predicted_and_measured
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.record import identity_now, record_model, record_start
+from lacuna.train.records import open_log
 from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import open_tracker
@@ -194,7 +187,7 @@ def _finetune(
         progress = stack.enter_context(TrainingProgress(console, prepared.total_steps, state.step, line, columns))
         written = None
         if world.is_first:
-            written = open_written(stack, config, flat, folder, state.step if prepared.resume_from else -1, regular)
+            written = open_written(stack, config, flat, prepared, state, console)
         around = RunFolderCallback(config, flat, prepared, trainer, optimizer, state, console, stop, progress, written)
         trainer.add_callback(around)
         if state.step < prepared.total_steps:
@@ -208,12 +201,19 @@ def _finetune(
 
 
 def open_written(
-    stack: ExitStack, config: FinetuneConfig, flat: SFTConfig, folder: Path, step: int, regular: Regular
+    stack: ExitStack,
+    config: FinetuneConfig,
+    flat: SFTConfig,
+    prepared: Prepared,
+    state: TrainingState,
+    console: Console,
 ) -> Written:
-    """What the first process writes to while it trains. step: of the checkpoint that the run goes on from, else -1."""
+    """What the first process writes to while it trains. state: of the checkpoint that the run goes on from, or the
+    first one."""
+    folder, regular = prepared.folder, regular_saves(flat.save_every, prepared.total_steps)
     return Written(
-        stack.enter_context(MetricsLog(folder, step)),
-        stack.enter_context(open_tracker(flat, folder, max(step, 0), config.model_dump())),
+        stack.enter_context(open_log(folder, prepared.resume_from, state, console)),
+        stack.enter_context(open_tracker(flat, folder, state.step, config.model_dump())),
         CheckpointWriter(folder / "checkpoints", flat.keep_last, flat.keep_best, regular),
     )
 

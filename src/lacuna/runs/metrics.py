@@ -1,8 +1,10 @@
 """metrics.jsonl: one JSON object a line, in the order of the steps; evaluation.json. Nothing here imports torch."""
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,15 +18,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = []
-    for line in path.read_bytes().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and type(values.get("step")) is int:
-            lines.append(values)
-    return lines
+    return [json.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) is not None]
 
 
 def validation_losses(folder: Path) -> dict[int, float]:
@@ -59,20 +53,70 @@ def _finite(value: Any) -> float | None:
     return None
 
 
+Mark = dict[str, Any]
+"""How metrics.jsonl began when a checkpoint was taken: its `bytes`, and the `sha256` of these."""
+
+
 class MetricsLog:
     """Appends lines; those of steps that will be taken again since the checkpoint are dropped when it opens."""
 
-    def __init__(self, folder: Path, after_step: int) -> None:
-        kept = [line for line in read_metrics(folder) if line["step"] <= after_step]
+    def __init__(
+        self, folder: Path, after_step: int, mark: Mark | None = None, report: Callable[[str], None] = print
+    ) -> None:
+        """mark: of the checkpoint that the run goes on from. A file that does not begin so has lost lines, or is
+        another one: that is reported, the file is kept aside, and what can be read of it goes on."""
         path = folder / "metrics.jsonl"
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        content = path.read_bytes() if path.exists() else b""
+        kept = _lines_to(content, after_step)
+        if mark is not None and hashlib.sha256(content[: mark["bytes"]]).hexdigest() == mark["sha256"]:
+            kept = content[: mark["bytes"]]
+        elif mark is not None:
+            report(
+                f"warning: {path} has lost lines, or is another one: it is not as it was at step {after_step}, from "
+                f"which the run goes on{_kept_aside(path, content)}; curves of this run have gaps"
+            )
+        write_whole(path, kept.decode(errors="replace"))
+        self._bytes, self._digest = len(kept), hashlib.sha256(kept)
         self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(values)) + "\n")
+        line = json.dumps(dict(values)) + "\n"
+        self._file.write(line)
+        self._bytes += len(line.encode())
+        self._digest.update(line.encode())
+
+    def mark(self) -> Mark:
+        """What has been written so far, made durable: no checkpoint is whole that knows of lines which may be lost."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _lines_to(content: bytes, step: int) -> bytes:
+    """Whole lines of steps up to this one."""
+    lines = [line for line in content.splitlines() if (found := _step_of(line)) is not None and found <= step]
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _step_of(line: bytes) -> int | None:
+    with suppress(ValueError):
+        values = json.loads(line)
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            return int(values["step"])
+    return None
+
+
+def _kept_aside(path: Path, content: bytes) -> str:
+    """Keep what is there under another name; returns how that is said."""
+    if not content:
+        return ""
+    names = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 10000))
+    aside = next(name for name in names if not name.exists())
+    aside.write_bytes(content)
+    return f"; what was there is kept as {aside.name}"

@@ -4,12 +4,11 @@ A checkpoint is written into a hidden folder; last comes manifest.json with the 
 the folder gets its name. Whoever finds a named folder whose files match its manifest has all of it.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,11 +31,11 @@ from torch.distributed.tensor import DTensor
 from lacuna.errors import RunError
 from lacuna.runs.folder import write_json, write_whole
 from lacuna.runs.identity import Identity
-from lacuna.runs.metrics import validation_losses
+from lacuna.runs.metrics import Mark
+from lacuna.train.kept import Regular, checkpoint_name, entry, manifest_text, superfluous
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
-Regular = Callable[[int], bool]
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -55,10 +54,8 @@ class TrainingState:
     config: dict[str, Any]
     identity: Identity = field(default_factory=dict)
     """Of what else the run is made; nothing in checkpoints of a version before it was kept."""
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
+    metrics: Mark | None = None
+    """How metrics.jsonl began; None in checkpoints of a version before that was kept."""
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -169,6 +166,7 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".*.partial"):
                 shutil.rmtree(leftover)
+            self._drop_superfluous()
 
     def save(self, tensors: dict[str, Tensor], state: TrainingState) -> None:
         """Copy the tensors and return; the rest happens beside the training. Waits for the save before it."""
@@ -207,16 +205,20 @@ class CheckpointWriter:
     ) -> tuple[bool, RunError | None]:
         try:
             write_json(partial / "state.json", asdict(state))
-            manifest["state.json"] = _entry(partial / "state.json")
+            manifest["state.json"] = entry(partial / "state.json")
             write_whole(partial / "manifest.json", manifest_text(dict(sorted(manifest.items()))))
             partial.rename(final)
             _sync_folder(self.folder)
-            for name in superfluous(self.folder, self.keep_last, self.keep_best, self.regular):
-                doomed = (self.folder / name).rename(self.folder / f".{name}.partial")
-                shutil.rmtree(doomed)
+            self._drop_superfluous()
         except OSError as error:
             return False, _cannot_write(final.name, error)
         return True, None
+
+    def _drop_superfluous(self) -> None:
+        """Also what a kill between a save and this has left over."""
+        for name in superfluous(self.folder, self.keep_last, self.keep_best, self.regular):
+            doomed = (self.folder / name).rename(self.folder / f".{name}.partial")
+            shutil.rmtree(doomed)
 
     def _from_first(self, work: Callable[[], Any]) -> Any:
         """What the first process makes of it, in all."""
@@ -241,11 +243,7 @@ def _begin(partial: Path, final: Path) -> tuple[bool, RunError | None]:
 
 def _hashes(folder: Path, rank: int) -> dict[str, Any]:
     """Size and SHA-256 of the files that this process wrote."""
-    return {path.name: _entry(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {path.name: entry(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
 
 
 def _cannot_write(name: str, error: BaseException) -> RunError:
@@ -258,95 +256,9 @@ def _cannot_write(name: str, error: BaseException) -> RunError:
     )
 
 
-def manifest_text(files: dict[str, Any]) -> str:
-    """The manifest vouches for itself too: its text follows from the files' entries."""
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": digest}, indent=2) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def regular_saves(save_every: int, total_steps: int) -> Regular:
-    """The steps at which a run is saved that no signal stops."""
-    return lambda step: step % save_every == 0 or step == total_steps
-
-
-def superfluous(folder: Path, keep_last: int, keep_best: int, regular: Regular) -> list[str]:
-    """Names of checkpoints that are neither among the newest nor among the best."""
-    checkpoints = sorted(folder.glob("step-*"))
-    kept = {*checkpoints[-keep_last:], *best_first(folder, regular)[:keep_best]}
-    return [path.name for path in checkpoints if path not in kept]
-
-
-def best_first(folder: Path, regular: Regular) -> list[Path]:
-    """Checkpoints by validation loss. What a signal saved in between is none of them: without it, it would not exist,
-    and the best of a run would depend on when it was stopped."""
-    losses = validation_losses(folder.parent)
-    candidates = [path for path in folder.glob("step-*") if step_of(path) in losses and regular(step_of(path))]
-    return sorted(candidates, key=lambda path: (losses[step_of(path)], path.name))
-
-
-def best_checkpoint(folder: Path, regular: Regular) -> Path | None:
-    """The undamaged checkpoint with the lowest validation loss."""
-    return next((path for path in best_first(folder, regular) if damage(path) is None), None)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where all are as the manifest says."""
-    try:
-        text = (checkpoint / "manifest.json").read_text()
-        files = json.loads(text)["files"]
-    except (OSError, ValueError, KeyError):
-        return "manifest.json is missing or damaged"
-    if text != manifest_text(files):
-        return "manifest.json is missing or damaged"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are put aside under another name, with a warning each.
-
-    Raises RunError where there are checkpoints but all are damaged.
-    """
-    candidates: Sequence[Path] = sorted(folder.glob("step-*"), reverse=True)
-    put_aside: list[Path] = []
-    for candidate in candidates:
-        reason = damage(candidate)
-        if reason is None:
-            for broken in put_aside:
-                broken.rename(_free_name(broken))
-            return candidate
-        warn(f"{candidate} is damaged ({reason}); trying the checkpoint before it")
-        put_aside.append(candidate)
-    if candidates:
-        raise RunError(f"{folder}: every checkpoint is damaged: start again with another --output-dir")
-    return None
-
-
-def _free_name(path: Path) -> Path:
-    names = [path.with_name(f"damaged-{path.name}")]
-    names += [path.with_name(f"damaged-{path.name}-{number}") for number in range(2, 1000)]
-    return next(name for name in names if not name.exists())

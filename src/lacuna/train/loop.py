@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +26,9 @@ from lacuna.data.stream import stream
 from lacuna.errors import Interrupted, NonFiniteLossError, RunError
 from lacuna.runs.folder import write_status
 from lacuna.runs.identity import Identity
-from lacuna.runs.metrics import MetricsLog
-from lacuna.train.checkpoint import (
-    CheckpointWriter,
-    TrainingState,
-    best_checkpoint,
-    regular_saves,
-    restore,
-    restore_weights,
-    tensors_of,
-)
+from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights, tensors_of
 from lacuna.train.distributed import World, free_gathered, full_weights, sum_over_nodes, whole
+from lacuna.train.kept import best_checkpoint, regular_saves
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
@@ -46,8 +38,8 @@ from lacuna.train.model import (
 )
 from lacuna.train.optimizer import learning_rate_at, make_optimizer
 from lacuna.train.progress import TrainingProgress
+from lacuna.train.records import open_records
 from lacuna.train.signals import StopRequest
-from lacuna.train.trackers import open_tracker
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ def train_steps(
 
     stop.at_once = False
     with ExitStack() as stack:
-        record = open_records(stack, config, prepared, state.step)
+        records = open_records(stack, config, prepared.folder, prepared.resume_from, state, console, prepared.world)
         progress = stack.enter_context(TrainingProgress(console, total_steps, state.step))
         window = Window()
         step, tokens, position, validation_loss = state.step, state.tokens, state.position, state.validation_loss
@@ -112,7 +104,7 @@ def train_steps(
             if validation_loss is None and (step == 0 or due(step, evaluate_every)):
                 validation_loss = validate(config, prepared, model, stop)
                 if validation_loss is not None:
-                    record(step, {"validation_loss": validation_loss})
+                    records.write(step, {"validation_loss": validation_loss})
                     console.print(f"step {step}/{total_steps} | validation loss {validation_loss:.4f}")
             started = time.perf_counter()
             batch = next_batch(source, stop) if step < total_steps else None
@@ -120,6 +112,7 @@ def train_steps(
             asked = world.greatest(stop.signal_number or 0, device)
             if step > state.step and (due(step, config.save_every) or asked):
                 state = replace(state, step=step, position=position, tokens=tokens, validation_loss=validation_loss)
+                state = replace(state, metrics=records.mark())
                 writer.save(tensors_of(model.causal_lm, optimizer), state)
             if asked:
                 writer.wait()
@@ -160,7 +153,7 @@ def train_steps(
                     "tokens": tokens, "targets": batch.targets, "epoch": position["epoch"],
                     **window.speed(execution.peak_flops), **peak_memory(execution),
                 }  # fmt: skip
-                record(step, values)
+                records.write(step, values)
                 progress.show({"step": step, **values})
                 if world.is_first:
                     speed = values["tokens_per_second"]
@@ -171,22 +164,6 @@ def train_steps(
         restore_weights(best, model.causal_lm)
         console.print(f"final weights: {best}")
     write_final(model, prepared)
-
-
-def open_records(
-    stack: ExitStack, config: TrainingConfig, prepared: Prepared, step: int
-) -> Callable[[int, dict[str, float]], None]:
-    """What takes the metrics of a step. step: of the checkpoint that the run goes on from, else 0."""
-    if not prepared.world.is_first:
-        return lambda step, values: None
-    log = stack.enter_context(MetricsLog(prepared.folder, step if prepared.resume_from else -1))
-    track = stack.enter_context(open_tracker(config, prepared.folder, step, config.model_dump()))
-
-    def record(step: int, values: dict[str, float]) -> None:
-        log.write({"step": step, **values})
-        track(step, values)
-
-    return record
 
 
 def next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:

@@ -21,8 +21,9 @@ from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_fo
 from lacuna.runs.identity import Identity, changed_inputs, differences
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.runs.settings import changes, difference, has_run
-from lacuna.train.checkpoint import damage, newest_whole, read_state
+from lacuna.train.checkpoint import read_state
 from lacuna.train.distributed import World
+from lacuna.train.kept import damage, newest_whole
 from lacuna.train.signals import StopRequest
 
 OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"

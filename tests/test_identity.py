@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import lacuna
 from conftest import Run, flags, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.config.yaml_format import dump_yaml
+from lacuna.errors import RunError
 from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
+from lacuna.train.final import new_folder
 from lacuna.train.kept import manifest_text
 
 Settings = dict[str, Any]
@@ -275,6 +278,87 @@ def test_an_undamaged_log_goes_on_without_a_word(run: Run, best_is_early: tuple[
     assert not list(Path("cut").glob("metrics.jsonl.*"))
     names = [sorted(path.name for path in Path(folder, "checkpoints").iterdir()) for folder in ("out", "cut")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("trainer", ["sft", "finetune"])
+def test_damaged_final_weights_are_noticed_and_made_again(
+    run: Run, settings: Settings, here: Path, trainer: str
+) -> None:
+    """Emptied, cut, or one bit flipped: by chat, merge and the run itself."""
+    adapter = {
+        "output_dir": "out", "max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_r": 2,
+        "sequence_length": 96,
+    }  # fmt: skip
+    values = {"model": {"path": "model"}, "dataset": {"path": "chat.jsonl"}, "device": "cpu", "training": adapter}
+    Path("f.yaml").write_text(dump_yaml(values))
+    words = ["finetune", "--config", "f.yaml"] if trainer == "finetune" else ["sft", *flags(**settings)]
+    assert run(*words).code == 0
+    weights = Path("out/final", "adapter_model.safetensors" if trainer == "finetune" else "model.safetensors")
+    whole = weights.read_bytes()
+    Path("usual").touch()
+    assert {path.stat().st_mode for path in Path("out/final").iterdir()} == {Path("usual").stat().st_mode}
+    for content, said in (
+        (b"", f"{weights.name} is empty"), (whole[:1000], "has 1000 bytes instead of"), (None, "has changed since"),
+    ):  # fmt: skip
+        if content is None:
+            flip(weights)
+        else:
+            weights.write_bytes(content)
+        taking = [["chat", "--model", "out/final", "--json"]]
+        taking += [["lacuna", "merge", "out", "--output", "merged"]] if trainer == "finetune" else []
+        for command in taking:
+            refused = run(*command)
+            assert refused.code == 2
+            assert f"out/final: damaged: {weights.name} " in refused.output
+        outcome = run(*words)
+        assert outcome.code == 0
+        assert f"warning: out/final is damaged ({weights.name} " in outcome.output
+        assert said in outcome.output
+        assert weights.read_bytes() == whole
+        assert "already finished" in run(*words).output
+    assert len(list(Path("out").glob("damaged-final*"))) == 3
+    Path("out/final/README.md").write_text("mine")
+    assert "already finished" in run(*words).output
+    flip(weights)
+    shutil.rmtree("out/checkpoints")
+    outcome = run(*words)
+    assert outcome.code == 2
+    assert "and no checkpoint is there to make it again from" in outcome.output
+
+
+def test_a_finished_run_without_its_config_is_left_alone(run: Run, settings: Settings) -> None:
+    assert run("sft", **settings).code == 0
+    Path("out/config.toml").unlink()
+    outcome = run("sft", **settings)
+    assert outcome.code == 2
+    assert "output_dir out holds a finished run without its config.toml" in outcome.output
+
+
+def fail_in(final: Path, error: Exception) -> None:
+    with new_folder(final) as partial:
+        partial.mkdir()
+        raise error
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Tokenizers raise a bare Exception where the disk is full, and safetensors a class of their own."""
+    final = tmp_path / "final"
+    for error in (OSError(28, "No space left on device"), SafetensorError("x"), Exception("full (os error 28)")):
+        with pytest.raises(RunError, match=r"final: could not be written: .*; make room"):
+            fail_in(final, error)
+    with pytest.raises(ValueError, match="other"):
+        fail_in(final, ValueError("other"))
+    assert not list(tmp_path.iterdir())
+    mask = os.umask(0o027)
+    try:
+        with new_folder(final) as partial:
+            (partial / "below").mkdir(parents=True)
+            for name in ("a", "below/b"):
+                (partial / name).write_text(name)
+                (partial / name).chmod(0o600)
+    finally:
+        os.umask(mask)
+    assert [(final / name).stat().st_mode & 0o777 for name in ("a", "below/b")] == [0o640, 0o640]
 
 
 def test_what_differs_is_named_part_by_part() -> None:

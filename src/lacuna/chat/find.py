@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lacuna.config.files import did_you_mean
 from lacuna.errors import ChangedBaseError, ModelError, RunError
+from lacuna.runs.final import refuse_damaged_final
 from lacuna.runs.folder import read_status
 from lacuna.runs.identity import changed_base
 from lacuna.runs.status import find_runs
@@ -36,6 +37,9 @@ def find_model(name: str | None, adapter: str | None = None, allow_changed_base:
     Raises ModelError, RunError.
     """
     place = _choose(name, adapter)
+    for folder in (Path(place.model), place.adapter):
+        if folder is not None and folder.name == "final":
+            refuse_damaged_final(folder.parent)
     if place.run is not None and not allow_changed_base and (changed := changed_base(place.run)):
         raise ChangedBaseError(place.name, changed)
     return place

@@ -1,7 +1,6 @@
 """An adapter and its base as one plain model, proven to say the same."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna.data.chat import Renderer
 from lacuna.errors import ChangedBaseError, ModelError, RunError
+from lacuna.runs.final import refuse_damaged_final
 from lacuna.runs.identity import changed_base
+from lacuna.train.final import new_folder
 from lacuna.train.model import stop_at_end_of_turn
 
 TOLERANCE = 1e-4
@@ -31,6 +32,7 @@ def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str
     not the same.
     """
     adapter = find_adapter(Path(run_folder))
+    refuse_damaged_final(adapter.parent)
     if not allow_changed_base and (changed := changed_base(adapter.parent)):
         raise ChangedBaseError(adapter, changed)
     target = Path(output)
@@ -51,21 +53,14 @@ def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str
         )
     if tokenizer.chat_template is not None:
         stop_at_end_of_turn(merged, tokenizer, Renderer(tokenizer).stop_token)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target) as partial:
         merged.to(dtype).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         found = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype, trust_remote_code=False).eval()
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"--output {output}: cannot be written: {error}") from error
-    weights = found.state_dict()
-    if not all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items()):
-        shutil.rmtree(partial)
-        raise RunError(f"--output {output}: the files hold other weights than were written; is the disk sound?")
-    rounding = relative(logits_of(found.float()), expected)
-    partial.rename(target)
+        weights = found.state_dict()
+        if not all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items()):
+            raise RunError(f"--output {output}: the files hold other weights than were written; is the disk sound?")
+        rounding = relative(logits_of(found.float()), expected)
     return (
         f"merged: {target}; its logits differ from base plus adapter by {difference:.1e} of the largest, "
         f"in {str(dtype).removeprefix('torch.')} by {rounding:.1e}"

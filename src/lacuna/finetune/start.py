@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,10 +25,12 @@ from lacuna.finetune.checks import (
     own_words,
 )
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
+from lacuna.runs.final import entries_of
 from lacuna.runs.folder import write_status
 from lacuna.runs.provenance import config_facts
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights
 from lacuna.train.distributed import World, join, load_once
+from lacuna.train.final import new_folder
 from lacuna.train.kept import Regular, best_checkpoint, regular_saves
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
@@ -224,8 +225,7 @@ def write_final(flat: SFTConfig, model: Any, prepared: Prepared, regular: Regula
     if flat.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints", regular)) is not None:
         restore_weights(best, model)
         console.print(f"final weights: {best}")
-    partial = folder / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(model, prepared.tokenizer, partial)
-    partial.rename(folder / "final")
-    write_status(folder, "finished", prepared.total_steps, prepared.total_steps)
+    final, steps = folder / "final", prepared.total_steps
+    with new_folder(final) as partial:
+        save_adapter(model, prepared.tokenizer, partial)
+    write_status(folder, "finished", steps, steps, final=entries_of(final))

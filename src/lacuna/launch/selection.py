@@ -11,6 +11,7 @@ from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.experiment.mapping import RunMapping
 from lacuna.flags import shown
 from lacuna.launch.start import digest_of
+from lacuna.runs.final import damage_of_final
 from lacuna.runs.folder import read_status, refuse_foreign_folder, starts_of
 from lacuna.runs.identity import changed_inputs
 from lacuna.runs.settings import difference, has_run
@@ -96,4 +97,4 @@ def is_finished(run: Planned) -> bool:
     config = load_trainer_config([str(run.config)])
     if (other := difference(run.folder, config, config.gpus, run.params)) is not None:
         raise RunError(f"{other}: {MEND}")
-    return says_so and (run.folder / "final").is_dir()
+    return says_so and (run.folder / "final").is_dir() and damage_of_final(run.folder) is None

@@ -15,6 +15,7 @@ from typing import IO, Any
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError, RunError
 from lacuna.launch.child import LOOK_SECONDS, SIGNALS, TAIL_CHUNKS, Asked, run_watched
+from lacuna.runs.final import sync
 from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status, write_whole
 from lacuna.runs.logs import last_words
 from lacuna.runs.metrics import MetricsLog
@@ -237,6 +238,8 @@ def write_final(folder: Path) -> None:
     for leftover in (partial, final):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(epochs[-1], partial, copy_function=_link, ignore=left_out)
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
     partial.rename(final)
 
 

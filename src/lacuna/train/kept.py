@@ -88,7 +88,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
         reason = damage(candidate)
         if reason is None:
             for broken in put_aside:
-                broken.rename(_free_name(broken))
+                broken.rename(free_name(broken))
             return candidate
         warn(f"{candidate} is damaged ({reason}); trying the checkpoint before it")
         put_aside.append(candidate)
@@ -97,7 +97,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     names = [path.with_name(f"damaged-{path.name}")]
     names += [path.with_name(f"damaged-{path.name}-{number}") for number in range(2, 1000)]
     return next(name for name in names if not name.exists())

@@ -2,7 +2,6 @@
 
 import math
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +21,13 @@ from lacuna.data.chat import Renderer
 from lacuna.data.collate import MicroBatch, collate
 from lacuna.data.loader import Batch, PackedRow, PackedRows, batches
 from lacuna.data.stream import stream
-from lacuna.errors import Interrupted, NonFiniteLossError, RunError
+from lacuna.errors import Interrupted, NonFiniteLossError
+from lacuna.runs.final import entries_of
 from lacuna.runs.folder import write_status
 from lacuna.runs.identity import Identity
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights, tensors_of
 from lacuna.train.distributed import World, free_gathered, full_weights, sum_over_nodes, whole
+from lacuna.train.final import new_folder
 from lacuna.train.kept import best_checkpoint, regular_saves
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
@@ -273,17 +273,12 @@ def write_final(model: LossModel, prepared: Prepared) -> None:
     weights = full_weights(model.causal_lm, prepared.world) if prepared.world.size > 1 else None
 
     def write() -> None:
-        final, partial = prepared.folder / "final", prepared.folder / ".final.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        final = prepared.folder / "final"
+        with new_folder(final) as partial:
             model.causal_lm.save_pretrained(partial, state_dict=weights)
             prepared.tokenizer.save_pretrained(partial)
-        except SafetensorError as error:
-            raise RunError(
-                f"{final}: could not be written: {error}; make room and run the same command again"
-            ) from error
-        partial.rename(final)
-        write_status(prepared.folder, "finished", prepared.total_steps, prepared.total_steps)
+        steps = prepared.total_steps
+        write_status(prepared.folder, "finished", steps, steps, final=entries_of(final))
 
     prepared.world.first(write)
 

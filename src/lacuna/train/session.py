@@ -17,17 +17,20 @@ from rich.console import Console
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, OtherInputsError, RunError
+from lacuna.runs.final import damage_of_final
 from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_folder, starts_of, write_status
 from lacuna.runs.identity import Identity, changed_inputs, differences
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.runs.settings import changes, difference, has_run
 from lacuna.train.checkpoint import read_state
 from lacuna.train.distributed import World
-from lacuna.train.kept import damage, newest_whole
+from lacuna.train.kept import damage, free_name, newest_whole
 from lacuna.train.signals import StopRequest
 
 OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Variables that count how often our launcher, torchrun or SLURM has started a command again."""
 LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \w+ error|remote process exited", re.I)
@@ -60,7 +63,7 @@ def supervise(
                 with locked(folder):
                     console.print(f"the finished run is kept: {put_aside(folder)}")
             held.enter_context(locked(folder))
-            if is_finished := _is_finished(folder, config, flat, world.size):
+            if is_finished := _is_finished(folder, config, flat, world.size, console.print):
                 if (read_status(folder) or {}).get("state") != "finished":
                     write_status(folder, "finished", **_last_step(folder))
                 refuse_other_inputs(folder)
@@ -82,8 +85,8 @@ def supervise(
         except BaseException as error:
             if world.size > 1 and stop and not isinstance(error, LacunaError):
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                problem = f"output_dir {folder}: {error}; the checkpoints are whole: make room, then go on with: "
+            if isinstance(error, OSError) and _is_of_folder(error, folder):
+                problem = f"output_dir {folder}: {error}; the checkpoints are whole: mend that, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())
@@ -95,6 +98,12 @@ def supervise(
             raise error
         if losses := list(validation_losses(folder).values()):
             console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
+
+
+def _is_of_folder(error: OSError, folder: Path) -> bool:
+    """Whether the disk has failed, or it is about a file of the run folder."""
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return error.errno in DISK_ERRORS or any(path.absolute().is_relative_to(folder.absolute()) for path in named)
 
 
 def refuse_other_inputs(folder: Path, directory: Path = Path()) -> None:
@@ -144,8 +153,17 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int) -> bool:
-    """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings."""
+def _is_finished(
+    folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int,
+    report: Callable[[str], None],
+) -> bool:  # fmt: skip
+    """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings, or final
+    weights without the config that they were trained by."""
+    if (folder / "final").is_dir() and not (folder / "config.toml").exists():
+        raise RunError(
+            f"output_dir {folder} holds a finished run without its config.toml: restore that, or choose another "
+            "--output-dir"
+        )
     if (folder / "config.yaml").exists():
         raise RunError(f"output_dir {folder} holds a torchtune run: choose another --output-dir")
     if not has_run(folder):
@@ -154,7 +172,21 @@ def _is_finished(folder: Path, config: TrainingConfig | FinetuneConfig, flat: Tr
         raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
     if (other := difference(folder, config, processes)) is not None:
         raise RunError(f"{other}: {OTHER_FOLDER}")
+    if (folder / "final").is_dir() and (damage := damage_of_final(folder)) is not None:
+        _put_final_aside(folder, damage, report)
     return (folder / "final").is_dir()
+
+
+def _put_final_aside(folder: Path, damage: str, report: Callable[[str], None]) -> None:
+    """Raises RunError where there is no checkpoint to make it again from."""
+    final = folder / "final"
+    if not any(folder.glob("checkpoints/step-*")):
+        raise RunError(
+            f"{final}: damaged: {damage}, and no checkpoint is there to make it again from: restore it, or --again "
+            "trains anew"
+        )
+    final.rename(free_name(final))
+    report(f"warning: {final} is damaged ({damage}): it is made again from the last checkpoint")
 
 
 def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], whose: str) -> None:

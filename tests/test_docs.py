@@ -62,6 +62,7 @@ RUN_ELSEWHERE = {
     "chat --base-url http://localhost:8000/v1 --model runs/quickstart/run_003/final": "the same",
     "make install": "make test, which runs this, begins with it",
     "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
+    "uv run pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_uv.py",
 }
 COMPARISON = (
     "lacuna compare runs/quickstart/base runs/quickstart/run_003 --prompts runs/quickstart/data/held_out.jsonl "

@@ -1,6 +1,6 @@
-"""A clone of the last commit under the real uv, at the versions of constraints.txt: what uv installs, and that it works.
+"""A clone of the last commit under the real uv: what it installs, and that the commands work.
 
-uv takes its packages from where pip takes them on this machine.
+Versions are those of constraints.txt; packages come from where pip takes them on this machine.
 """
 
 import ast

@@ -42,6 +42,7 @@ RUN_ELSEWHERE = {
     "lacuna report configs --metric accuracy --html report.html --csv runs.csv": "the same",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
+    "make test-uv": ".ci/run runs it",
     "make torchtune": "make test begins with it",
     "make coverage": ".ci/run runs it",
     "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",

@@ -124,7 +124,7 @@ def test_the_other_trainers(checkout: Checkout) -> None:
         "training": {"method": "qlora", "output_dir": "runs/qlora", "max_steps": 1, "sequence_length": 64},
     }
     (checkout.folder / "runs" / "qlora.yaml").write_text(yaml.safe_dump(config))
-    assert f"runs/qlora: qlora of {model} on" in checkout.do("uv run finetune --config runs/qlora.yaml --dry-run")
+    assert f" of {model} on " in checkout.do("uv run finetune --config runs/qlora.yaml --dry-run")
 
 
 def test_a_chat(checkout: Checkout) -> None:

@@ -23,7 +23,7 @@ def write_experiment(folder: Path, base: Mapping[str, Any] = SFT, **experiment: 
     (folder / "base.yaml").write_text(json.dumps(base))
     controls = {"output_dir": str(folder / "runs"), **experiment.pop("controls", {})}
     whole = {"experiment_name": "study", "base_config_file": str(folder / "base.yaml"), **experiment}
-    done = lacuna.generate({**whole, "controls": controls}, folder / "configs", check_paths=False, force=True)
+    done = lacuna.generate({**whole, "controls": controls}, folder / "configs", force=True)
     return list(done.mapping["runs"])
 
 

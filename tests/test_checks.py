@@ -174,7 +174,8 @@ def test_places_and_values_that_cannot_be(values: Settings, path: str, message: 
     (problem,) = found(**values)
     assert (problem.run, problem.path) == ("run_000", path)
     assert message in problem.what
-    assert problem.is_local == problem.what.startswith("there is no f")
+    is_value = "should be" in problem.what or "takes another kind" in problem.todo
+    assert problem.kind == ("here" if problem.what.startswith("there is no f") else "wrong" if is_value else "start")
 
 
 @pytest.mark.parametrize(
@@ -198,15 +199,15 @@ def test_the_data_of_lacunas_trainers_must_be_there() -> None:
     Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     values = {"dataset": "pairs.jsonl", "dataset_schema": "auto", "validation_dataset": "none.jsonl", "batch_size": 0}
     problems = list(check_run("sft", "r", values, 1))
-    assert [(problem.path, problem.is_local) for problem in problems] == [
-        ("batch_size", False), ("validation_dataset", True)
+    assert [(problem.path, problem.kind) for problem in problems] == [
+        ("batch_size", "wrong"), ("validation_dataset", "here")
     ]  # fmt: skip
     assert not list(check_run("pretrain", "r", {"dataset": "org/name"}, 1))
     (problem,) = check_run("sft", "r", {"dataset": "rows.jsonl", "dataset_schema": "auto"}, 1)
-    assert (problem.path, problem.is_local) == ("dataset", False)
+    assert (problem.path, problem.kind) == ("dataset", "start")
     assert "the columns are input, output; needed are chat: messages" in problem.what
     (problem,) = check_run("sft", "r", {"chat_template": "none.jinja"}, 1)
-    assert (problem.path, problem.is_local) == ("chat_template", True)
+    assert (problem.path, problem.kind) == ("chat_template", "here")
 
 
 def test_packed_rows_are_at_most_what_the_bytes_can_fill() -> None:
@@ -215,7 +216,7 @@ def test_packed_rows_are_at_most_what_the_bytes_can_fill() -> None:
     step["tokenizer"] = {"max_seq_len": 64}
     (problem,) = found(**step, dataset=dataset("rows.jsonl", packed=True))
     assert "4 samples may be packed into 1 row, " in problem.what
-    assert not problem.stops(check_paths=True)
+    assert not problem.stops_a_start
     step["tokenizer"] = {"max_seq_len": 4}
     assert not found(**step, dataset=dataset("rows.jsonl", packed=True))
 
@@ -261,6 +262,6 @@ def test_a_warmup_as_long_as_the_run_is_told() -> None:
     step: Settings = {"batch_size": 2, "epochs": 3, "dataset": dataset("rows.jsonl")}
     (problem,) = found(**step, lr_scheduler={"num_warmup_steps": 6})
     assert "6 steps of warmup are no less than the run's 6: the learning rate never" in problem.what
-    assert not problem.stops(check_paths=True)
+    assert not problem.stops_a_start
     assert not found(**step, lr_scheduler={"num_warmup_steps": 5})
     assert found(**step, max_steps_per_epoch=1, lr_scheduler={"num_warmup_steps": 3})

@@ -36,6 +36,7 @@ TORCH_FREE = [
     "lacuna.experiment.generator", "lacuna.experiment.loaders", "lacuna.experiment.merge",
     "lacuna.experiment.parameters", "lacuna.experiment.recipe", "lacuna.experiment.schema", "lacuna.experiment.sweep",
     "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
+    "lacuna.experiment.torchtune_templates", "lacuna.platform.ready",
     "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
     "lacuna.launch.child", "lacuna.launch.devices",
     "lacuna.launch.lease", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
@@ -235,7 +236,7 @@ def test_parquet_without_its_extra_names_the_install_command(core_only: Path) ->
 def test_generate_works_where_only_the_core_is_installed(core_only: Path, folder: Path) -> None:
     experiment = "experiment_name: e\nbase_config_file: good.toml\nvariables: {learning_rate: [1e-5, 2e-5]}\n"
     (folder / "experiment.yaml").write_text(experiment)
-    words = ["generate", folder / "experiment.yaml", "--output", folder / "configs", "--paths", "skip"]
+    words = ["generate", folder / "experiment.yaml", "--output", folder / "configs"]
     result = in_core_only(core_only, "lacuna", *words)
     assert result.returncode == 0, result.stderr
     assert (folder / "configs" / "run_001.yaml").exists()

@@ -539,17 +539,18 @@ def test_without_any_torchtune_an_own_file_works_and_a_recipe_says_how(folder: P
     shutil.copytree(ROOT / "src" / "lacuna", folder / "copy" / "src" / "lacuna")
     environment = {**os.environ, "PYTHONPATH": str(folder / "copy" / "src"), "PATH": "/nowhere"}
 
-    def generate(**experiment: Any) -> Any:
-        program = "import sys; from lacuna import cli; sys.argv = ['lacuna', 'generate', 'e.yaml']; cli.main()"
+    def generate(force: bool = False, **experiment: Any) -> Any:
+        words = ["lacuna", "generate", "e.yaml", *["--force"] * force]
+        program = f"import sys; from lacuna import cli; sys.argv = {words}; cli.main()"
         write(experiment, "e.yaml")
         words = [sys.executable, "-c", program]
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
     done = generate(experiment_name="e", base_config_file="base.yaml", variables=RANKS)
     assert "torchtune was not found, so its arguments go unchecked" in done.stderr
-    assert "there is no file /models/tokenizer.model" in done.stderr
-    assert done.returncode == 2
-    done = generate(experiment_name="e", base_config_file="base.yaml", controls={"~tokenizer.path": None})
+    assert "warning: not on this machine, 2 runs (run_000 … run_001): tokenizer.path there is no file /m" in done.stderr
+    assert done.returncode == 0
+    done = generate(experiment_name="e", base_config_file="base.yaml", controls={"~tokenizer.path": None}, force=True)
     assert done.returncode == 0, done.stderr
     assert "start one: tune run RECIPE --config configs/run_000.yaml" in done.stderr
     assert "`make torchtune` builds" in generate(experiment_name="e", base_config="llama3_2/1B_full").stderr
@@ -624,7 +625,7 @@ def test_an_output_that_cannot_be_a_folder(run: Run, output: str, message: str) 
 
 def test_a_failed_validation_leaves_the_folder_and_a_report_beside_it(run: Run, folder: Path) -> None:
     report = folder / "validation_report.txt"
-    outcome = sft(run, dataset="missing.jsonl")
+    outcome = sft(run, "--strict", dataset="missing.jsonl")
     assert outcome.code == 2
     assert "2 runs (run_000 … run_001): dataset missing.jsonl: no such file" in outcome.output
     assert str(report.name) in outcome.output
@@ -633,7 +634,7 @@ def test_a_failed_validation_leaves_the_folder_and_a_report_beside_it(run: Run, 
     assert sft(run).code == 0
     assert not report.exists()
     before = everything(folder / "configs")
-    assert sft(run, "--force", dataset="missing.jsonl").code == 2
+    assert sft(run, "--force", "--strict", dataset="missing.jsonl").code == 2
     assert everything(folder / "configs") == before
     assert sft(run, output="other").code == 0
     assert report.exists()
@@ -641,16 +642,57 @@ def test_a_failed_validation_leaves_the_folder_and_a_report_beside_it(run: Run, 
 
 def test_a_foreign_report_stays(run: Run, folder: Path) -> None:
     (folder / "validation_report.txt").write_text("mine")
-    outcome = sft(run, dataset="missing.jsonl")
+    outcome = sft(run, "--strict", dataset="missing.jsonl")
     assert "is not a report of lacuna's and stays" in outcome.output
+    (folder / "configs").mkdir()
+    (folder / "configs" / "validation_report.txt").write_text("mine too")
     assert sft(run).code == 0
+    outcome = sft(run, "--force", dataset="missing.jsonl")
+    assert "note: configs/validation_report.txt is not a report of lacuna's and stays as it is" in outcome.output
     assert (folder / "validation_report.txt").read_text() == "mine"
+    assert (folder / "configs" / "validation_report.txt").read_text() == "mine too"
 
 
-def test_paths_of_another_machine_are_notes(run: Run) -> None:
-    outcome = sft(run, "--paths", "skip", dataset="missing.jsonl")
+def test_paths_of_another_machine_are_warnings_which_stand_beside_the_mapping(run: Run, folder: Path) -> None:
+    outcome = sft(run, dataset="missing.jsonl")
     assert outcome.code == 0
-    assert "note: 2 runs (run_000 … run_001): dataset missing.jsonl: no such file" in outcome.output
+    assert (
+        "warning: not on this machine, 2 runs (run_000 … run_001): dataset missing.jsonl: no such file"
+        in outcome.output
+    )
+    assert "start one:" not in outcome.output
+    assert "each run's warnings: configs/validation_report.txt" in outcome.output
+    report = folder / "configs" / "validation_report.txt"
+    rows = [line.split("\t") for line in report.read_text().splitlines() if line.startswith("run_")]
+    assert [(run, path, todo) for run, path, _, todo in rows] == [
+        ("run_000", "dataset", "correct the path"), ("run_001", "dataset", "correct the path")
+    ]  # fmt: skip
+    assert sft(run, dataset="missing.jsonl").code == 0
+    words = [SCRIPTS / "lacuna", "generate", "experiment.yaml", "--json", "--output", "shown"]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True, cwd=folder).stdout
+    assert len(json.loads(printed)["warnings"]) == 1
+    assert sft(run, "--force").code == 0
+    assert not report.exists()
+
+
+def test_many_places_are_counted_in_one_warning(run: Run, folder: Path) -> None:
+    write({**SFT, "variables": {"dataset": [f"missing_{index}.jsonl" for index in range(5)]}})
+    outcome = run("lacuna", "generate", "experiment.yaml")
+    assert outcome.code == 0
+    assert "5 runs (run_000 … run_004): dataset missing_0.jsonl: no such file" in outcome.output
+    assert "dataset missing_2.jsonl: no such file or folder and 2 more: correct the path" in outcome.output
+
+
+def test_a_run_that_could_not_start_is_not_started(run: Run, folder: Path) -> None:
+    assert sft(run, dataset="missing.jsonl").code == 0
+    for words in (["run", "configs"], ["slurm", "configs", "--submit"], ["slurm", "configs/run_000.yaml", "--submit"]):
+        outcome = run("lacuna", *words)
+        assert outcome.code == 2
+        assert "dataset missing.jsonl: no such file" in outcome.output
+        assert "no run was started" in outcome.output
+    outcome = run("lacuna", "doctor", "configs")
+    assert outcome.code == 1
+    assert "2 runs (run_000 … run_001): dataset missing.jsonl: no such file" in outcome.output
 
 
 def test_a_disk_that_is_full_leaves_nothing(folder: Path) -> None:
@@ -677,7 +719,7 @@ def test_a_kill_while_files_are_moved_is_mended_by_force(run: Run, folder: Path)
     outcome = sft(run)
     assert outcome.code == 2
     assert "--force" in outcome.output
-    assert sft(run, "--force", dataset="missing.jsonl").code == 2
+    assert sft(run, "--force", "--strict", dataset="missing.jsonl").code == 2
     outcome = sft(run, "--force")
     assert outcome.code == 0, outcome.output
     assert everything(folder / "configs") == everything(folder / "new")
@@ -838,7 +880,7 @@ class TestFinetuneBase:
         assert outcome.code == 0, outcome.output
         assert "start one: finetune --config configs/run_000.yaml" in outcome.output
         (folder / "data.jsonl").unlink()
-        outcome = run("lacuna", "generate", "e.yaml", "--output", "others")
+        outcome = run("lacuna", "generate", "e.yaml", "--output", "others", "--strict")
         assert outcome.code == 2
         assert "dataset.path" in outcome.output
         assert "no such file" in outcome.output

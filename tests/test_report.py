@@ -122,6 +122,30 @@ def test_seeds_without_effect_are_no_certainty(tmp_path: Path) -> None:
     assert (made.comparisons[0].difference.low, made.comparisons[0].is_clear) == (None, False)
 
 
+def test_equal_counts_are_not_a_seed_without_effect(tmp_path: Path) -> None:
+    """Three seeds that answer as many questions right have not given the same model."""
+    for name, high in (("differs", [0.0, 0.03, 0.01]), ("none", [0.5, 0.5, 0.5])):
+        folder = tmp_path / name
+        entries = write_study(folder, {1e-3: {1: 1.0, 2: 1.2, 3: 1.4}, 2e-3: {1: 1.5, 2: 1.0, 3: 1.6}})
+        for entry, right in zip(entries, [0.98, 0.98, 0.98, *high], strict=True):
+            evaluation = {"held_out_accuracy": right}
+            Path(entry["output_dir"], "evaluation.json").write_text(json.dumps(evaluation))
+    made = lacuna.report(tmp_path / "differs" / "configs", metric="held_out_accuracy")
+    assert f"the same held_out_accuracy with each of 3 seeds: {LOW}" in made.notes
+    assert not [note for note in made.notes if "the seed makes no difference" in note]
+    assert made.winner == LOW
+    difference = made.comparisons[0].difference
+    deviation = (sum((value - 0.04 / 3) ** 2 for value in (0.0, 0.03, 0.01)) / 2) ** 0.5
+    assert difference.mean == pytest.approx(0.04 / 3 - 0.98)
+    assert difference.low is not None
+    assert difference.mean - difference.low == pytest.approx(T_OF_2 * deviation / 3**0.5, rel=1e-6)
+    made = lacuna.report(tmp_path / "none" / "configs", metric="held_out_accuracy")
+    assert f"the same held_out_accuracy with each of 3 seeds: {LOW}; {HIGH}" in made.notes
+    assert made.verdict == (
+        "no winner: every arm has the same held_out_accuracy with each of its seeds; so no uncertainty is known"
+    )
+
+
 def test_arms_that_are_equal_at_every_seed(tmp_path: Path) -> None:
     write_study(tmp_path, {1e-3: {1: 1.0, 2: 1.1}, 2e-3: {1: 1.0, 2: 1.1}})
     made = lacuna.report(tmp_path / "configs")

@@ -77,7 +77,7 @@ def write_mapping(folder: Path, slurm: dict[str, Any] | None = None, **changes: 
         "experiment_name": "my study", "base_config_file": "one.yaml", "seeds": [1, 2, 3],
         "controls": {"output_dir": "runs/a b"}, **({"slurm": slurm} if slurm is not None else {}),
     }  # fmt: skip
-    generate(experiment, folder / "configs", check_paths=False)
+    generate(experiment, folder / "configs")
     return folder / "configs"
 
 
@@ -710,7 +710,7 @@ def test_torchtunes_runs_are_told_about_too(tune_experiment: dict[str, Any], run
     text = json.loads(json.dumps(tune_experiment))
     text["controls"]["checkpoint_dir"] = str(here / "none")
     text["controls"]["output_dir"] = str(here / "runs")
-    generate(text, "bad", check_paths=False)
+    generate(text, "bad")
     failing = spawn("lacuna", "start", "bad", "0")
     good.wait()
     failing.wait()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lacuna.experiment.design import design
 from lacuna.experiment.merge import leaves, merge
 from lacuna.experiment.parameters import TORCHTUNE, find_path
 from lacuna.experiment.recipe import check_recipe
+from lacuna.experiment.torchtune_templates import DROPPED
 from torchtune_fixture import (
     DELETE,
     GLOO,
@@ -116,10 +118,10 @@ def test_every_shipped_config_reads_back_equal_and_is_accepted_where_torchtune_a
     assert {name: read for name, (_, read) in there.items()} == values
     accepted = {name for name, (is_accepted, _) in there.items() if is_accepted}
     assert len(accepted) == 143
-    assert [problem for problem in ours if not problem.is_local] == []
+    assert [problem for problem in ours if problem.kind != "here"] == []
     theirs = torchtune.validate(environment, runs)
     assert {problem.run for problem in theirs} == values.keys() - accepted
-    assert all("torchvision" in problem.what and problem.is_local for problem in theirs)
+    assert all("torchvision" in problem.what and problem.kind == "here" for problem in theirs)
 
 
 SETTINGS: dict[str, tuple[dict[str, int], Any, Any]] = {
@@ -312,10 +314,10 @@ def test_empty_and_malformed_configs_are_refused_and_the_other_runs_are_checked(
     assert {(problem.run, problem.path) for problem in found} == {("empty", ""), ("malformed", "a"), ("last", "a")}
 
 
-def test_paths_skip_forgives_missing_files_but_no_broken_interpolation(run: Run, tmp_path: Path) -> None:
+def test_missing_files_are_forgiven_but_no_broken_interpolation(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "experiment.yaml"
     file.write_text(dump_yaml(experiment(variables={"tokenizer.path": ["${nope}/a.model", "/elsewhere/b.model"]})))
-    outcome = run("lacuna", "generate", file, output=tmp_path / "configs", paths="skip")
+    outcome = run("lacuna", "generate", file, output=tmp_path / "configs")
     assert outcome.code == 2
     assert "tokenizer.path" in outcome.output
     assert "${nope}" in outcome.output
@@ -370,10 +372,10 @@ WRITER = ("-m", "torchtune_config_writer", "generate", "experiment.yaml")
 
 
 def test_the_first_example_of_the_config_writer_prints_what_its_plan_shows(tmp_path: Path) -> None:
+    """As written, on a machine that has none of its files."""
     (tmp_path / "experiment.yaml").write_text(SEED_000)
-    result = python(*WRITER, "--no-validate", cwd=tmp_path)
+    result = python(*WRITER, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, LINES_000)
-    assert "lora_alpha" in result.stderr
     configs = [read(tmp_path / "configs" / f"run_{index:03}.yaml") for index in range(4)]
     assert [config["model"]["lora_rank"] for config in configs] == [8, 16, 32, 64]
     assert {config["optimizer"]["lr"] for config in configs} == {3e-4}
@@ -381,25 +383,125 @@ def test_the_first_example_of_the_config_writer_prints_what_its_plan_shows(tmp_p
     assert configs[0]["dataset"]["packed"] is True
     assert configs[0]["metric_logger"]["project"] == "capitalization"
 
-
-def test_the_first_example_is_refused_for_its_packing_until_it_says_max_seq_len(tmp_path: Path) -> None:
-    (tmp_path / "experiment.yaml").write_text(SEED_000)
-    result = python(*WRITER, "--paths", "skip", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "dataset.packed" in result.stderr
-    assert "max_seq_len" in result.stderr
-    assert not (tmp_path / "configs").exists()
-    report = (tmp_path / "validation_report.txt").read_text()
-    assert [line.split("\t")[:2] for line in report.splitlines() if line.startswith("run_")] == [
-        [f"run_{index:03}", "dataset.packed"] for index in range(4)
+    all_runs = "4 runs (run_000 … run_003)"
+    assert [line for line in result.stderr.splitlines() if line.startswith("warning: ")] == [
+        f"warning: not on this machine, {all_runs}: tokenizer.path there is no file "
+        "/tmp/Llama-3.2-1B-Instruct/original/tokenizer.model: download it, or correct the path",
+        f"warning: not on this machine, {all_runs}: checkpointer.checkpoint_dir there is no folder "
+        "/tmp/Llama-3.2-1B-Instruct/: download the model there, or correct the path",
+        f"warning: not on this machine, {all_runs}: dataset.data_files there is no file "
+        "/scratch/data/words_8L_80P_5000.json: correct the path",
+        f"warning: torchtune would refuse to start {all_runs}: dataset.packed needs tokenizer.max_seq_len, which is "
+        "null: set max_seq_len, such as 2048",
     ]
+    report = (tmp_path / "configs" / "validation_report.txt").read_text()
+    rows = [line.split("\t")[:2] for line in report.splitlines() if line.startswith("run_")]
+    paths = ("tokenizer.path", "checkpointer.checkpoint_dir", "dataset.data_files", "dataset.packed")
+    assert sorted(rows) == sorted([f"run_{index:03}", path] for index in range(4) for path in paths)
 
-    (tmp_path / "experiment.yaml").write_text(SEED_000 + "  max_seq_len: 2048\n")
-    result = python(*WRITER, "--paths", "skip", cwd=tmp_path)
+
+def test_strict_makes_an_error_of_what_could_not_start_here(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(SEED_000)
+    result = python(*WRITER, "--strict", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    for path in ("tokenizer.path", "checkpointer.checkpoint_dir", "dataset.data_files", "dataset.packed"):
+        assert f"4 runs (run_000 … run_003): {path} " in result.stderr
+    assert not (tmp_path / "configs").exists()
+
+
+CONCEPT_000 = """\
+experiment_name: lora_rank_study
+base_config: llama3_2/1B_lora_single_device  # Or: base_config_file: /path/to/custom.yaml
+
+variables:  # What varies (independent variables)
+  lora_rank: [8, 16, 32, 64]
+
+controls:   # What's constant (controlled variables)
+  learning_rate: 3e-4
+  batch_size: 16
+  epochs: 2
+  dataset:
+    data_files: /path/to/data.json
+    packed: true
+"""
+
+
+def test_the_core_concept_of_the_config_writer_is_written_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(CONCEPT_000)
+    result = python(*WRITER, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, LINES_000)
-    assert "words_8L_80P_5000.json" in result.stderr
-    assert not (tmp_path / "validation_report.txt").exists()
+    assert "dataset.data_files names files, but the source is the component's own hub data set" in result.stderr
+    config = read(tmp_path / "configs" / "run_002.yaml")
+    assert (config["model"]["lora_rank"], config["batch_size"], config["epochs"]) == (32, 16, 2)
+    assert config["dataset"]["data_files"] == "/path/to/data.json"
+
+
+GRID_000 = """\
+experiment_name: lr_batch_sweep
+base_config_file: /scratch/configs/v100_optimized.yaml  # Pre-adapted for V100 GPUs
+
+variables:
+  learning_rate: [1e-4, 3e-4, 5e-4]
+  batch_size: [2, 4, 8]
+
+controls:
+  epochs: 5
+  seed: 42
+"""
+
+
+def test_the_second_example_needs_its_base_file_and_nothing_else(tmp_path: Path) -> None:
+    """Without the file that it starts from there is nothing to complete; with it there, at a path of this test's."""
+    (tmp_path / "experiment.yaml").write_text(GRID_000)
+    result = python(*WRITER, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("error: ") == 1
+    assert "/scratch/configs/v100_optimized.yaml: " in result.stderr
+    base = tmp_path / "scratch" / "configs" / "v100_optimized.yaml"
+    base.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "v100_optimized.yaml", base)
+    (tmp_path / "experiment.yaml").write_text(GRID_000.replace("/scratch", str(tmp_path / "scratch")))
+    result = python(*WRITER, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "✓ Generated 9 configs in configs/" in result.stdout
+    configs = [read(tmp_path / "configs" / f"run_00{index}.yaml") for index in range(9)]
+    assert [(config["optimizer"]["lr"], config["batch_size"]) for config in configs] == [
+        (rate, size) for rate in (1e-4, 3e-4, 5e-4) for size in (2, 4, 8)
+    ]
+    assert {(config["epochs"], config["seed"]) for config in configs} == {(5, 42)}
+
+
+def test_a_misspelled_key_stays_an_error(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(SEED_000.replace("lora_alpha: 16", "lora_alhpa: 16"))
+    result = python(*WRITER, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "experiment.yaml:9: the base config has no 'lora_alhpa'; did you mean 'lora_alpha'?" in result.stderr
+    assert not (tmp_path / "configs").exists()
+
+
+def test_what_could_not_start_is_generated_but_not_started(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("experiment.yaml").write_text(SEED_000.replace("/scratch/results", "results"))
+    assert run("lacuna", "generate", "experiment.yaml").code == 0
+    for words in (
+        ("run", "configs"), ("run", "experiment.yaml"), ("slurm", "configs", "--submit"), ("start", "configs", "1"),
+        ("slurm", "experiment.yaml", "--submit"), ("run", "configs", "--slurm"), ("run", "configs", "--only", "run_002"),
+    ):  # fmt: skip
+        outcome = run("lacuna", *words)
+        assert outcome.code == 2, outcome.output
+        for path in ("tokenizer.path", "checkpointer.checkpoint_dir", "dataset.data_files", "dataset.packed"):
+            assert f"{path} " in outcome.output, words
+    assert "run_002: dataset.packed needs tokenizer.max_seq_len" in outcome.output
+    assert run("lacuna", "slurm", "configs").code == 0
+    (row,) = json.loads(run("lacuna", "status", "results/lora_study/run_001", "--json").output)
+    assert row["state"] == "failed"
+    assert "tokenizer.path there is no file" in row["reason"]
+    for target in ("configs", "configs/run_001.yaml"):
+        outcome = run("lacuna", "doctor", target)
+        assert outcome.code == 1
+        assert "not ready: config" in outcome.output
+        assert "dataset.packed needs tokenizer.max_seq_len" in outcome.output
 
 
 def test_several_gpus_take_the_distributed_counterpart_and_say_so(run: Run, tmp_path: Path) -> None:
@@ -542,7 +644,7 @@ def test_all_methods_of_the_builder_make_a_valid_config(llama: Path, rows: Path)
         .with_packed(True)
         .with_compile(True)
     )
-    assert builder.validate(check_paths=False) is builder
+    assert builder.validate() is builder
     base = read_layer(torchtune.find_recipe(torchtune.need_environment(None), LORA, "").file).values
     before, after = dict(leaves(base)), dict(leaves(builder.build()))
     assert {path: value for path, value in after.items() if before.get(path, ...) != value} == {
@@ -558,10 +660,113 @@ def test_all_methods_of_the_builder_make_a_valid_config(llama: Path, rows: Path)
 def test_the_builder_raises_all_problems_at_once() -> None:
     builder = TorchtuneConfigBuilder(LORA).with_dtype("fp16").with_packed(True).override({"+model.lora_rnk": 4})
     with pytest.raises(ConfigError) as caught:
-        builder.validate(check_paths=False)
-    problems = caught.value.problems
-    assert len(problems) == 3
-    assert all(any(path in problem for problem in problems) for path in ("dtype", "dataset.packed", "model.lora_rnk"))
+        builder.validate()
+    (problem,) = caught.value.problems
+    assert "model.lora_rnk" in problem
+    with pytest.raises(ConfigError) as caught:
+        builder.validate(here=True)
+    found = "\n".join(caught.value.problems)
+    missing = ("tokenizer.path", "checkpointer.checkpoint_dir")
+    assert all(f"config: {path} " in found for path in ("dtype", "dataset.packed", "model.lora_rnk", *missing))
+
+
+def test_a_template_that_torchtune_has_dropped_is_written_as_what_gives_the_same_prompts(
+    environment: torchtune.Environment,
+) -> None:
+    """The right texts are those of torchtune 0.2.1's own classes, for a system text, two questions and two answers."""
+    chat = [["system", "S"], ["user", "U1"], ["assistant", "A1"], ["user", "U2"], ["assistant", "A2"]]
+    begin = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    system = "<<SYS>>\nS\n<</SYS>>\n\n"
+    im = "<|im_start|>{}\n{}<|im_end|>"
+    right = {
+        "AlpacaInstructTemplate": [f"{begin}\n\n### Instruction:\nU1\n\n### Response:\n"],
+        "StackExchangedPairedTemplate": ["Question: U1\n\nAnswer: "],
+        "ChatMLFormat": [
+            im.format("system", "S") + "\n", im.format("user", "U1") + "\n", im.format("assistant", "A1"),
+            im.format("user", "U2") + "\n", im.format("assistant", "A2"),
+        ],
+        "Llama2ChatFormat": [f"[INST] {system}U1 [/INST] ", "A1", f"[INST] {system}U2 [/INST] ", "A2"],
+        "MistralChatFormat": ["[INST] U1 [/INST] ", "A1", "[INST] U2 [/INST] ", "A2"],
+    }  # fmt: skip
+    assert right.keys() == DROPPED.keys()
+    asked = {}
+    for name, texts in right.items():
+        with pytest.warns(UserWarning, match=f"torchtune 0.6.1 has no torchtune.data.{name}: it is written as"):
+            builder = TorchtuneConfigBuilder(LORA).with_dataset_template(f"torchtune.data.{name}")
+        messages = chat[1:2] if len(texts) == 1 else chat[1:] if name.startswith("Mistral") else chat
+        asked[name] = (builder.build()["tokenizer"]["prompt_template"], messages)
+    code = (
+        "import json, sys\nfrom torchtune.data import Message\n"
+        "from torchtune.data._prompt_templates import _get_prompt_template as get\n"
+        "print(json.dumps({name: [m.text_content for m in get(template)([Message(role=r, content=c) for r, c in chat])]"
+        " for name, (template, chat) in json.load(sys.stdin).items()}))"
+    )
+    words = [environment.python, "-c", code]
+    answer = subprocess.run(words, input=json.dumps(asked), capture_output=True, text=True, check=True).stdout
+    assert json.loads(answer) == right
+
+
+def test_a_dropped_template_is_translated_in_an_experiment_and_a_base_file_too(run: Run, tmp_path: Path) -> None:
+    controls = {"prompt_template": "torchtune.data.AlpacaInstructTemplate", "+seed": 1}
+    base = "gemma/2B_lora_single_device"
+    text = experiment(base_config=base, variables={"learning_rate": [1e-4, 2e-4]}, controls={})
+    (tmp_path / "experiment.yaml").write_text(
+        dump_yaml({**text, "controls": {f"+{n}": v for n, v in controls.items()}})
+    )
+    outcome = run("lacuna", "generate", tmp_path / "experiment.yaml", output=tmp_path / "configs")
+    assert outcome.code == 0, outcome.output
+    assert outcome.output.count("note: tokenizer.prompt_template: torchtune 0.6.1 has no torchtune.data.Alpaca") == 1
+    template = read(tmp_path / "configs" / "run_001.yaml")["tokenizer"]["prompt_template"]
+    assert template == DROPPED["AlpacaInstructTemplate"]
+    old = {**read(tmp_path / "configs" / "run_000.yaml"), "seed": 3}
+    old["tokenizer"]["prompt_template"] = "ChatMLFormat"
+    with pytest.warns(UserWarning, match="torchtune 0.6.1 has no ChatMLFormat"):
+        builder = TorchtuneConfigBuilder.from_dict(old)
+    assert builder.build()["tokenizer"]["prompt_template"] == DROPPED["ChatMLFormat"]
+
+
+def test_line_breaks_that_llama_3s_tokenizer_strips_from_a_template_are_told(run: Run, tmp_path: Path) -> None:
+    """findings/torchtune_llama3_prompt_template.sh shows what the model sees of them."""
+    told = "tokenizer.prompt_template has line breaks or spaces next to the text, which torchtune's Llama 3 tokenizer"
+    for template, is_told in (
+        ("torchtune.data.SummarizeTemplate", True), ({"user": ["Q: ", "A:"]}, True), ({"user": ["Q:", "A:"]}, False),
+    ):  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            TorchtuneConfigBuilder(LORA).override({"+prompt_template": template}).validate()
+        assert [str(warning.message).startswith(f"config: {told}") for warning in caught] == [True] * is_told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gemma = TorchtuneConfigBuilder("gemma/2B_lora_single_device")
+        gemma.override({"+prompt_template": "torchtune.data.SummarizeTemplate"}).validate()
+
+
+def test_the_usage_patterns_of_the_builders_plan_work_as_written(tmp_path: Path, monkeypatch: Any) -> None:
+    """Patterns 1 and 2; the third is test_a_base_adapted_once_is_swept_from_its_file."""
+    monkeypatch.chdir(tmp_path)
+    builder = TorchtuneConfigBuilder("llama3_1/8B_lora_single_device")
+    builder.with_dataset("data/my_data.json")
+    with pytest.warns(UserWarning, match="it is written as the texts before and after each role's"):
+        builder.with_dataset_template("torchtune.data.AlpacaInstructTemplate")
+    builder.with_learning_rate(3e-4)
+    builder.with_lora_params(32, 64)  # rank=32, alpha=64
+    builder.with_gradient_accumulation_steps(8)
+    builder.with_epochs(3)
+    builder.with_seed(42)
+    assert dict(leaves(builder.build())).items() >= {
+        "dataset.data_files": "data/my_data.json", "dataset.source": "json", "optimizer.lr": 3e-4,
+        "model.lora_rank": 32, "model.lora_alpha": 64, "gradient_accumulation_steps": 8, "epochs": 3, "seed": 42,
+        "tokenizer.prompt_template.user": DROPPED["AlpacaInstructTemplate"]["user"],
+    }.items()  # fmt: skip
+    builder.with_batch_size(2)
+    builder.with_activation_checkpointing(True)
+    builder.with_output_dir("results/exp_001")
+    builder.override({"dtype": "bf16"})
+    builder.override({"packed": True})  # Enable packing for speed
+    builder.override({"compile": True})  # Enable torch.compile for speed
+    with pytest.warns(UserWarning, match=r"torchtune would refuse to start config: dataset\.packed needs"):
+        assert builder.validate() is builder
+    assert builder.build()["dataset"]["packed"] is builder.build()["compile"] is True
 
 
 def test_the_builder_lists_what_is_available() -> None:
@@ -582,7 +787,7 @@ def test_a_base_adapted_once_is_swept_from_its_file(tmp_path: Path, monkeypatch:
         builder.with_learning_rate(lr)
         builder.with_output_dir(f"results/lr_{lr}")
         builder.save(f"configs/lr_{lr}.yaml")
-    builder.validate(check_paths=False)
+        builder.validate()
     saved = [read(Path(f"configs/lr_{lr}.yaml")) for lr in rates]
     assert [config["optimizer"]["lr"] for config in saved] == rates
     assert [config["output_dir"] for config in saved] == [f"results/lr_{lr}" for lr in rates]

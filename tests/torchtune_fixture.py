@@ -142,7 +142,7 @@ def find_problems(
         for mode, touched in (("own", []), ("set", list(changes))):
             id = f"{index} {mode}"
             requests.append({"id": id, "file": str(file), "recipe": recipe.recipe, "touched": touched})
-            found += [p for p in check_run("torchtune", id, values, 1) if not p.is_local or p.path in changes]
+            found += [p for p in check_run("torchtune", id, values, 1) if p.kind != "here" or p.path in changes]
             facts = torchtune.facts_of(environment, recipe.recipe)
             found += [replace(p, run=id) for p in check_recipe(facts, values, touched, is_shipped=mode == "set")]
     found += torchtune.validate(environment, requests)

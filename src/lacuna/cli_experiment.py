@@ -119,7 +119,7 @@ def slurm(
     """Write batch scripts: one array for an experiment or a folder of generated configs, one job for one config."""
     from lacuna.launch.slurm import write_scripts
 
-    written = write_scripts(target, cluster, output, configs, force, torchtune_python)
+    written = write_scripts(target, cluster, output, configs, force, torchtune_python, submits=submit)
     for note in written.notes:
         click.echo(f"note: {note}", err=True)
     for script, job in zip(written.scripts, written.jobs, strict=True):

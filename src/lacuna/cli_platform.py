@@ -65,7 +65,8 @@ def presets(as_json: bool, verbose: bool) -> None:
 def doctor(configs: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     """Try what training needs on this machine, and say how to mend what does not work.
 
-    With CONFIG: also whether that run could start here. The exit code is 1 where it could not.
+    With CONFIG (of any trainer, torchtune's too), or a folder of generated configs: also whether that run, or these,
+    could start here. The exit code is 1 where they could not.
     """
     from lacuna.platform.check import as_text
     from lacuna.platform.doctor import examine

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lacuna.config.files import check, did_you_mean, flag_name, merge_layers, read_layer, set_flag
+from lacuna.config.files import Layer, check, did_you_mean, flag_name, merge_layers, read_layer, set_flag
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError
@@ -15,6 +15,12 @@ def trainer_of(values: Mapping[str, Any]) -> Any:
     """What a file's `trainer` key says; without one, a file with finetune's sections is finetune's. Else None."""
     has_sections = {"model", "dataset", "training"} <= values.keys() <= FinetuneConfig.model_fields.keys()
     return values.get("trainer", "finetune" if has_sections else None)
+
+
+def is_torchtune(layer: Layer) -> bool:
+    """Whether a file is a config of torchtune's: it has components, and names no trainer of ours."""
+    sections = [value for value in layer.values.values() if isinstance(value, dict)]
+    return trainer_of(layer.values) is None and any("_component_" in section for section in sections)
 
 
 def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig:

@@ -158,7 +158,8 @@ class TorchtuneConfigBuilder:
         if errors := [problem for problem in problems if problem.kind == "wrong" or (here and problem.stops_a_start)]:
             raise ConfigError(summarise(errors))
         refused = [problem for problem in problems if problem.kind == "start"]
-        _warn([f"torchtune would refuse to start {line}" for line in summarise(refused)])
+        unsure = [problem for problem in problems if problem.kind == "unsure"]
+        _warn([*(f"torchtune would refuse to start {line}" for line in summarise(refused)), *summarise(unsure)])
         return self
 
     def with_dataset(self, path: str) -> Self:

@@ -16,6 +16,7 @@ from lacuna.errors import DataError, MissingExtraError
 from lacuna.experiment.merge import MISSING, get, leaves
 from lacuna.experiment.parameters import parameters, value_problem
 from lacuna.experiment.torchtune_data import check_dataset
+from lacuna.experiment.torchtune_templates import loses_line_breaks
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""
@@ -108,6 +109,12 @@ def _torchtune(values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:
         for below, what, todo, kind in check_dataset(values, looked_up, gpus):
             path = below[1:] if below.startswith("/") else f"{place}.{below}"
             yield Problem("", path, what, todo, kind)
+    if loses_line_breaks(values):
+        what = (
+            "has line breaks or spaces next to the text, which torchtune's Llama 3 tokenizer strips: no model sees them"
+        )
+        todo = "leave them out, or write them into the data"
+        yield Problem("", "tokenizer.prompt_template", what, todo, "unsure")
     for path, value in leaves(values):
         is_place = path.rpartition(".")[2] in PLACES and isinstance(value, str)
         if is_place and (value.startswith("~") or re.search(r"\$\w", value)):

@@ -90,10 +90,12 @@ def _command(planned: Design, config: str) -> list[str]:
     return [base.trainer, "--config" if base.trainer == "finetune" else "@", config]
 
 
-def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[str], stage: Path) -> list[Problem]:
+def check_configs(
+    base: Base, configs: Mapping[str, Values], touched: Sequence[str], stage: Path, asks_torchtune: bool = True
+) -> list[Problem]:
     """Every problem of every config: ours first, then what torchtune's environment finds in the files of the stage.
 
-    configs: by run id. touched: the paths that the user set.
+    configs: by run id. touched: the paths that the user set. asks_torchtune: costs seconds for its imports.
     """
     problems = [found for id, values in configs.items() for found in check_run(base.trainer, id, values, base.gpus)]
     if base.environment is None or base.recipe is None:
@@ -101,6 +103,8 @@ def check_configs(base: Base, configs: Mapping[str, Values], touched: Sequence[s
     facts = torchtune.facts_of(base.environment, base.recipe)
     for id, values in configs.items():
         problems += [replace(found, run=id) for found in check_recipe(facts, values, touched, base.is_shipped)]
+    if not asks_torchtune:
+        return problems
     requests = [{"id": id, "file": str(stage / f"{id}.yaml"), "touched": list(touched)} for id in configs]
     theirs = torchtune.validate(base.environment, requests)
     return _gravest(problems, theirs)

@@ -34,6 +34,25 @@ MORE = {
 }
 
 
+SHIPPED = ("SummarizeTemplate", "QuestionAnswerTemplate", "GrammarErrorCorrectionTemplate", "ChatMLTemplate")
+"""Templates of torchtune.data, all with line breaks or spaces next to what they stand around."""
+
+
+def loses_line_breaks(values: Mapping[str, Any]) -> bool:
+    """Whether a template's white space never reaches the model: torchtune's Llama 3 tokenizer strips it from each part
+    of a message, and what stands before and after a text are parts of their own.
+
+    # ref: torchtune 0.6.1, torchtune/models/llama3/_tokenizer.py
+    """
+    template = get(values, PATH)
+    if not str(get(values, "tokenizer._component_")).endswith(".llama3_tokenizer"):
+        return False
+    if isinstance(template, dict):
+        texts = [text for pair in template.values() if isinstance(pair, list) for text in pair if isinstance(text, str)]
+        return any(text != text.strip() for text in texts)
+    return isinstance(template, str) and template.removeprefix("torchtune.data.") in SHIPPED
+
+
 def with_todays_template(values: Values) -> tuple[Values, str | None]:
     """The config with a dropped template replaced, and the sentence that says so; else the same config and None."""
     given = get(values, PATH)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lacuna.config.files import read_layer
 from lacuna.errors import ConfigError
+from lacuna.experiment.checks import Problem
 from lacuna.experiment.folder import MAPPING
 from lacuna.experiment.generator import generate
 from lacuna.experiment.mapping import RunMapping, read_mapping
@@ -23,6 +24,7 @@ from lacuna.launch.selection import Planned, choose, plan
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
 from lacuna.platform.detect import read_host
+from lacuna.platform.ready import problems_of, refuse
 from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of
 from lacuna.runs.status import Row, table
 
@@ -68,11 +70,12 @@ def run(
     """
     _check_options(target, configs, force, jobs, slurm, cluster, output)
     console = Console(highlight=False)
+    problems: list[Problem] | None
     if isinstance(target, Mapping):
         done = generate(target, configs or "configs", force=force, torchtune_python=torchtune_python)
-        target, notes = done.output, done.notes
+        target, notes, problems = done.output, done.notes, done.warnings
     else:
-        target, notes = with_configs(target, configs or "configs", force, torchtune_python)
+        target, notes, problems = with_configs(target, configs or "configs", force, torchtune_python)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     mapping = read_mapping(target)
@@ -82,6 +85,9 @@ def run(
     for id, row in list(queued.items())[:SHOWN_FAILURES]:
         console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
     missing = [run for run in missing if run.id not in queued]
+    if problems is None:
+        problems = problems_of(mapping, [run.index for run in missing], torchtune_python)
+    refuse(problems, [run.id for run in missing])
     place = os.path.relpath(mapping.file.parent)
     if slurm:
         return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)

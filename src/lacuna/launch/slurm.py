@@ -13,12 +13,14 @@ from typing import Any
 from lacuna.config.files import read_layer
 from lacuna.config.slurm import SlurmSettings, load_slurm
 from lacuna.errors import ClusterError, ConfigError
-from lacuna.experiment.folder import MAPPING, digest
+from lacuna.experiment.checks import Problem
+from lacuna.experiment.folder import MAPPING, digest, warning_lines
 from lacuna.experiment.generator import generate
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.batch_script import Job, batch_script
 from lacuna.launch.record import Submission, add_submission, read_submissions, spans
 from lacuna.launch.start import config_trainer, processes_of
+from lacuna.platform.ready import problems_of, refuse, refuse_config
 from lacuna.runs.folder import write_whole
 
 MOST_TASKS = 1001
@@ -77,13 +79,18 @@ class Written:
         return ids
 
 
-def with_configs(target: str | Path, configs: str, force: bool, torchtune_python: str | None) -> tuple[str, list[str]]:
-    """What an experiment's configs were written to, and the notes on that; another target as it is, without notes."""
+def with_configs(
+    target: str | Path, configs: str, force: bool, torchtune_python: str | None
+) -> tuple[str, list[str], list[Problem] | None]:
+    """What an experiment's configs were written to, the notes on that, and what keeps its runs from starting here.
+
+    Another target as it is, without notes, and None: nobody has looked whether its runs can start.
+    """
     file = Path(target)
     if not file.is_file() or file.name == MAPPING or "experiment_name" not in read_layer(file).values:
-        return str(target), []
+        return str(target), [], None
     done = generate(file, configs, force=force, torchtune_python=torchtune_python)
-    return done.output, [*done.notes, f"configs: {done.output}/ ({len(done.runs)} runs)"]
+    return done.output, [*done.notes, f"configs: {done.output}/ ({len(done.runs)} runs)"], done.warnings
 
 
 def write_scripts(
@@ -94,6 +101,7 @@ def write_scripts(
     force: bool = False,
     torchtune_python: str | None = None,
     runs: Collection[int] | None = None,
+    submits: bool = False,
 ) -> Written:
     """Write a batch script, or for a large experiment several, into a folder.
 
@@ -101,18 +109,25 @@ def write_scripts(
     cluster: a file of settings, under the experiment's `slurm:` section. Runs of a mapping start in its
     directory, a config's in the working directory.
     force: replace the configs of another experiment there. runs: of the mapping, if not all.
+    submits: refuse runs that could not start here; otherwise that is in the notes of an experiment.
     Raises ConfigError with all problems; what `generate` wrote stays then.
     """
-    target, notes = with_configs(target, configs, force, torchtune_python)
+    target, notes, problems = with_configs(target, configs, force, torchtune_python)
     if Path(target).name == MAPPING or Path(target).is_dir():
         mapping = read_mapping(target)
         section = mapping.head["experiment"].get("slurm", {})
         settings = load_slurm(cluster, section, f"{mapping.file}: slurm")
         chosen = range(len(mapping.items)) if runs is None else runs
+        if submits:
+            found = problems_of(mapping, chosen, torchtune_python) if problems is None else problems
+            refuse(found, [mapping.places[index][0] for index in chosen])
+        notes += warning_lines(problems or [], mapping.head["trainer"])
         jobs = _jobs_of_mapping(mapping, settings, Path(output).absolute(), torchtune_python, chosen)
     else:
         settings = load_slurm(cluster, {}, "")
         jobs = [_job_of_config(Path(target), settings, Path(output).absolute())]
+        if submits:
+            refuse_config(Path(target))
     _check_setup(settings)
     texts = [batch_script(job, settings) for job in jobs]
     names = [job.name if len(jobs) == 1 else f"{job.name}_{job.offset}" for job in jobs]

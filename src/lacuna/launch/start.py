@@ -15,6 +15,7 @@ from lacuna.experiment.mapping import read_mapping
 from lacuna.launch.child import run_torchrun
 from lacuna.launch.nodes import rendezvous, torchrun
 from lacuna.launch.torchtune_run import run_torchtune
+from lacuna.platform.ready import problems_of, refusals
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
     """Become the command of a run; where something is to be done after it, run it, and return its exit code.
 
     target: a run mapping and an index in it, or a config alone. sha256: what the target must have.
-    Raises ConfigError where a file is not the one that was generated or submitted.
+    Raises ConfigError where a file is not the one that was generated or submitted, or where torchtune could not start.
     """
     task = find_task(target, index, sha256)
     words = command(task, os.environ, torchtune_python)
     if task.trainer == "torchtune":
-        return run_torchtune(words, task.config, task.gpus * nodes(os.environ), task.output_dir)
+        problems = refusals(problems_of(read_mapping(target), [index or 0], torchtune_python, asks_torchtune=False))
+        return run_torchtune(words, task.config, task.gpus * nodes(os.environ), task.output_dir, problems)
     if nodes(os.environ) > 1:
         return run_torchrun(words)
     os.execv(words[0], words)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lacuna.config.yaml_format import parse_yaml
-from lacuna.errors import RunError
+from lacuna.errors import ConfigError, RunError
 from lacuna.launch.child import LOOK_SECONDS, SIGNALS, TAIL_CHUNKS, Asked, run_watched
 from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status, write_whole
 from lacuna.runs.logs import last_words
@@ -27,14 +27,18 @@ KEPT_TEXT = 2**16
 """Characters of the output in which an unfinished line may lie."""
 
 
-def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: str | None) -> int:
+def run_torchtune(
+    words: Sequence[str], config: Path, devices: int, output_dir: str | None, problems: Sequence[str] = ()
+) -> int:
     """Run torchtune, and write for it what lacuna's trainers write; of several nodes the first does. Its exit code, or
     1 where torchtune did not notice that it has trained nothing, or what is no number.
 
-    words: `tune run RECIPE --config FILE`. devices: of all nodes.
-    Raises RunError where the folder is in use, foreign, or holds a run of another config.
+    words: `tune run RECIPE --config FILE`. devices: of all nodes. problems: that keep the run from starting.
+    Raises RunError where the folder is in use, foreign, or holds a run of another config, and ConfigError for problems.
     """
     if output_dir is None or os.environ.get("SLURM_NODEID", "0") != "0":
+        if problems:
+            raise ConfigError(problems)
         return run_watched(words)[0]
     folder = Path(output_dir)
     refuse_foreign_folder(folder)
@@ -47,6 +51,9 @@ def run_torchtune(words: Sequence[str], config: Path, devices: int, output_dir: 
             return 0
         values, _ = parse_yaml(content.decode(), str(config))
         restarts = max(len(starts_of(folder)), int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+        if problems:
+            write_status(folder, "failed", 0, None, restarts=restarts, reason=problems[0])
+            raise ConfigError(problems)
         write_status(folder, "starting", 0, None, restarts=restarts)
         if not values.get("resume_from_checkpoint"):
             _drop_unfinished(folder, log_folder(values, folder))

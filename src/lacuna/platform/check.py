@@ -50,7 +50,7 @@ def as_text(examination: Examination) -> str:
         lines.append(f"{click.style(mark, fg=colour)} {check.name:{width}}  {check.found}")
         if check.mend:
             lines.append(f"  {'':{width}}  {click.style('→ ' + check.mend, fg='cyan')}")
-    failed = [check.name for check in examination.checks if check.state == "failed" and check.needed]
+    failed = list(dict.fromkeys(check.name for check in examination.checks if check.state == "failed" and check.needed))
     optional = [check.name for check in examination.checks if check.state == "failed" and not check.needed]
     if failed:
         lines.append(click.style(f"\nnot ready: {', '.join(failed)}", fg="red"))

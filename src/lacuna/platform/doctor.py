@@ -13,12 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from lacuna.config.trainers import load_trainer_config
+from lacuna.config.files import read_layer
+from lacuna.config.trainers import is_torchtune, load_trainer_config
+from lacuna.experiment.checks import Problem
+from lacuna.experiment.folder import MAPPING, summarise
+from lacuna.experiment.mapping import read_mapping
 from lacuna.plan.runs import flat_of
 from lacuna.platform import services
 from lacuna.platform.check import Check, Examination, without_secrets
 from lacuna.platform.needs import CONFIG, needed_checks
 from lacuna.platform.probes import reinstall
+from lacuna.platform.ready import problems_of, refusals, torchtune_problems
 from lacuna.platform.storage import output_folder
 
 PROBES = (
@@ -31,19 +36,46 @@ SECONDS = 120
 
 
 def examine(files: Sequence[str]) -> Examination:
-    """Check the machine; with files, also whether the run of this config could start on it. Raises ConfigError."""
+    """Check the machine; with files, also whether the run of this config could start on it.
+
+    files: configs of one run, the later over the earlier; one of torchtune's; or a folder of generated configs, or its
+    run_mapping.yaml. Raises ConfigError.
+    """
+    if len(files) == 1 and (Path(files[0]).is_dir() or Path(files[0]).name == MAPPING):
+        mapping = read_mapping(files[0])
+        return _examine_problems(problems_of(mapping, range(len(mapping.items)), None), mapping.head["trainer"])
+    if len(files) == 1 and is_torchtune(read_layer(files[0])):
+        return _examine_problems(torchtune_problems(Path(files[0])), "torchtune")
     config = load_trainer_config(files) if files else None
     needed = needed_checks(config) if config is not None else EVERYONE_NEEDS
     folder = Path(flat_of(config).output_dir) if config is not None else Path.cwd()
+    return _examine_machine(files if config is not None else [], folder, needed, [])
+
+
+def _examine_problems(problems: Sequence[Problem], trainer: str) -> Examination:
+    """The machine, and what was found of runs without starting their trainer. torchtune has a torch of its own."""
+    stopping = refusals(problems)
+    checks = [Check(CONFIG, "failed", problem, needed=True) for problem in stopping]
+    unsure = [problem for problem in problems if not problem.stops_a_start]
+    checks += [Check(CONFIG, "warning", problem) for problem in summarise(unsure)]
+    checks += [] if stopping else [Check(CONFIG, "ok", "settings, files and data are there")]
+    needed = {"Python", "torchtune"} if trainer == "torchtune" else EVERYONE_NEEDS
+    return _examine_machine([], Path.cwd(), needed, checks)
+
+
+def _examine_machine(
+    files: Sequence[str], folder: Path, needed: Collection[str], known: Sequence[Check]
+) -> Examination:
+    """files: whose run is tried too. folder: whose disk is tried; it is needed where a run would write there."""
     hub = services.hub()
     offline = {"HF_HUB_OFFLINE": "1"} if hub.state != "ok" else {}
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run_probes, [*PROBES[0], *([CONFIG] if files else [])], files, offline)
         second = threads.submit(run_probes, PROBES[1], files, offline)
         others = [threads.submit(one) for one in (services.wandb_login, services.slurm, services.torchtune)]
-        written = output_folder(folder, needed=config is not None)
+        written = output_folder(folder, needed="output folder" in needed)
     python = Check("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
-    found = [python, *first.result(), *second.result(), written, hub, *(one.result() for one in others)]
+    found = [python, *first.result(), *second.result(), written, hub, *(one.result() for one in others), *known]
     found.sort(key=lambda check: check.name == CONFIG)
     checks = [judged(check, needed) for check in found]
     return Examination(not any(check.needed and check.state == "failed" for check in checks), checks)

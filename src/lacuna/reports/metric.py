@@ -20,6 +20,11 @@ LOSS_SHARE = 10
 """The training loss of a run is the mean over the last tenth of its logged steps: that of one step is noise."""
 
 
+def is_loss(metric: str) -> bool:
+    """Whether it is per token of the data that it is measured on, and no count."""
+    return metric.endswith(("loss", "perplexity"))
+
+
 def choose_metric(asked: str | None, final: Collection[str], logged: Collection[str]) -> str:
     """The metric to compare by. final: what finished runs have; logged: what any run has.
 

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from lacuna.flags import shown
-from lacuna.reports.metric import VALIDATION
+from lacuna.reports.metric import VALIDATION, is_loss
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
@@ -37,9 +37,7 @@ def notes_of(
         yield "not all arms have the same finished seeds: arms are compared over the seeds that both have"
     for budget in BUDGETS:
         yield from _difference(budget, runs)
-    fixed = [arm.name for arm in arms if len(arm.by_seed) > 1 and not seeds_matter(list(arm.by_seed.values()))]
-    if fixed:
-        yield f"the seed makes no difference in {some(fixed)}: no uncertainty is known of it"
+    yield from _same_with_each_seed(arms, metric)
     if equal := [one.other for one in compared if one.difference.mean == 0 and not one.difference.deviation]:
         yield f"{some(equal)} and {compared[0].best} are equal at every seed: what varies there changes nothing"
     for effect in effects:
@@ -53,9 +51,20 @@ def notes_of(
     yield from _surroundings([run.facts for run in runs if run.metrics])
 
 
+def _same_with_each_seed(arms: Sequence[Arm], metric: str) -> Iterator[str]:
+    """Losses that agree to the last bit come from the same run; right answers are counted, and counts may agree."""
+    fixed = [arm for arm in arms if len(arm.by_seed) > 1 and not seeds_matter(list(arm.by_seed.values()))]
+    if fixed and is_loss(metric):
+        yield f"the seed makes no difference in {some([arm.name for arm in fixed])}: no uncertainty is known of it"
+        return
+    for count in sorted({len(arm.by_seed) for arm in fixed}):
+        names = [arm.name for arm in fixed if len(arm.by_seed) == count]
+        yield f"the same {metric} with each of {count} seeds: {some(names)}"
+
+
 def _incomparable(runs: Sequence[RunResult], metric: str) -> Iterator[str]:
     """Losses are per token of the data that they are measured on."""
-    if not metric.endswith(("loss", "perplexity")):
+    if not is_loss(metric):
         return
     if len({run.facts.get("tokenizer_sha256") for run in runs} - {None}) > 1:
         yield f"runs have different tokenizers: {metric} is per token, and tells nothing of which run is better"

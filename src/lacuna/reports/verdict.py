@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lacuna.reports.metric import Goal
+from lacuna.reports.metric import Goal, is_loss
 from lacuna.reports.results import Arm, Comparison, RunResult
 from lacuna.reports.statistics import CONFIDENCE, MOST_SEEDS, seeds_matter, seeds_needed
 
@@ -52,11 +52,9 @@ def judge(
             apart = f"; of the others, {comparisons[0].best} is the best, clearly better than each"
         return Verdict(None, f"no winner: {some(few)}: fewer than two finished seeds{apart}")
     if not any(seeds_matter(list(arm.by_seed.values())) for arm in arms):
-        return Verdict(
-            None,
-            f"no winner: the seeds made no difference, every arm has the same {metric} with each of its seeds; so no "
-            "uncertainty is known",
-        )
+        why = "the seeds made no difference, " if is_loss(metric) else ""
+        same = f"every arm has the same {metric} with each of its seeds"
+        return Verdict(None, f"no winner: {why}{same}; so no uncertainty is known")
     best = comparisons[0].best
     if not names:
         mean = next(arm.estimate.mean for arm in arms if arm.name == best and arm.estimate is not None)

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test lint coverage bench memory
+.PHONY: install torchtune quickstart test test-uv lint coverage bench memory
 
 install: .venv/installed
 
@@ -26,7 +26,10 @@ quickstart: install
 	$(BIN)/lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_uv.py
+
+test-uv: install
+	$(BIN)/pytest tests/test_uv.py
 
 lint: install
 	$(BIN)/ruff check

@@ -20,7 +20,10 @@ from test_hub import write_qwen
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRETRAIN = "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100"
 RUN_ELSEWHERE = {
+    PRETRAIN: "test_hub.py",
+    f"uv run {PRETRAIN}": "test_uv.py",
     "lacuna slurm examples/slurm.yaml --submit": "test_slurm.py, on a real SLURM, as the next four",
     "lacuna slurm configs --submit": "the same",
     "lacuna slurm configs/sft_qwen.toml --cluster cluster.yaml --submit": "the same",
@@ -39,6 +42,7 @@ RUN_ELSEWHERE = {
     "lacuna report configs --metric accuracy --html report.html --csv runs.csv": "the same",
     "make test": ".ci/run runs it, and this test with it",
     "make lint": ".ci/run runs it",
+    "make test-uv": ".ci/run runs it",
     "make torchtune": "make test begins with it",
     "make coverage": ".ci/run runs it",
     "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",
@@ -61,7 +65,6 @@ RUN_ELSEWHERE = {
     "chat --model runs/quickstart/run_003 --temperature 0": "the same",
     "chat --base-url http://localhost:8000/v1 --model runs/quickstart/run_003/final": "the same",
     "make install": "make test, which runs this, begins with it",
-    "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B --batch-size 4 --steps 100": "test_hub.py",
 }
 COMPARISON = (
     "lacuna compare runs/quickstart/base runs/quickstart/run_003 --prompts runs/quickstart/data/held_out.jsonl "

@@ -74,10 +74,10 @@ def test_without_torch_nothing_is_ready_and_what_installs_it_is_said(core: Path,
     assert code == 1
     torch = checks["torch"]
     assert (torch["state"], torch["found"], torch["needed"]) == ("failed", "not installed", True)
-    assert torch["mend"].startswith("pip install 'lacuna[train]'")
+    assert torch["mend"] == "pip install 'lacuna[train]'"
     for name in ("peft", "trl", "bitsandbytes"):
         assert (checks[name]["state"], checks[name]["needed"]) == ("skipped", False)
-        assert checks[name]["mend"].startswith("pip install 'lacuna[finetune]'")
+        assert checks[name]["mend"] == "pip install 'lacuna[finetune]'"
     assert checks["Python"]["state"] == "ok"
     assert re.fullmatch(r".*: [\d.]+ GiB free, [\d,]+ MB/s.*", checks["output folder"]["found"])
     assert list(tmp_path.iterdir()) == []
@@ -110,7 +110,7 @@ def test_a_library_that_ends_its_process_is_a_failed_check_and_no_dead_doctor(tm
     assert [name for name in checks if name != "config" and checks[name]["needed"]] == ["Python", "torch"]
     assert all(checks[name]["state"] == "failed" for name in stubs)
     assert re.search(r"^killed by SIGSEGV: File .*bitsandbytes/__init__.py\", line 2", checks["bitsandbytes"]["found"])
-    assert checks["bitsandbytes"]["mend"].startswith("pip uninstall bitsandbytes && pip install 'lacuna[finetune]'")
+    assert checks["bitsandbytes"]["mend"] == "pip uninstall bitsandbytes && pip install 'lacuna[finetune]'"
     assert checks["transformers"]["found"] == "ImportError: bad build for ***"
     assert checks["accelerate"]["found"] == "SystemExit: 3"
     assert checks["peft"]["found"] == "ended with exit code 7: out of luck"

@@ -24,6 +24,7 @@ from lacuna.data.loader import load_rows
 from lacuna.data.preview import BINS, histogram, spread
 from lacuna.data.preview_text import _visible, escaped
 from lacuna.errors import DataError
+from lacuna.installation import install_command
 
 ANSWER = ("river", "stone")
 
@@ -283,7 +284,7 @@ class TestWouldStop:
         config.write_text("model: {path: m}\ndataset: {path: d}\ntraining: {}\n")
         found = look(config)
         assert found.code == 2
-        assert "pip install 'lacuna[finetune]'" in found.output
+        assert f"not installed: {install_command('finetune')}" in found.output
 
 
 class TestBadConfig:

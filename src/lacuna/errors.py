@@ -16,6 +16,8 @@ Interrupted            exit 128 + signal: stopped on request, everything is save
 
 from collections.abc import Sequence
 
+from lacuna.installation import install_command
+
 
 class LacunaError(Exception):
     """One or several problems, each a sentence that says what, where and what to do.
@@ -81,10 +83,7 @@ class MissingExtraError(LacunaError):
     """An optional dependency is not installed."""
 
     def __init__(self, extra: str, module: str) -> None:
-        super().__init__(
-            f"this command needs {module!r}, which is not installed: "
-            f"pip install 'lacuna[{extra}]' (in a checkout: make install)"
-        )
+        super().__init__(f"this command needs {module!r}, which is not installed: {install_command(extra)}")
 
 
 class Interrupted(BaseException):

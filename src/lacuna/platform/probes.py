@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from subprocess import run
 
+from lacuna.installation import install_command, pip_command
 from lacuna.platform.check import Check
 from lacuna.platform.detect import GIB, accelerators, nvidia_driver, read_host
 from lacuna.platform.libraries import LIBRARIES
@@ -27,7 +28,7 @@ EXTRAS = {
     "trl": "finetune", "bitsandbytes": "finetune", "wandb": "track", "tensorboard": "track", "huggingface_hub": "train",
 }  # fmt: skip
 """Library to the extra of lacuna that installs it."""
-CUDA_BUILD = "pip install --force-reinstall torch --index-url https://pypi.org/simple"
+CUDA_BUILD = pip_command("install", "--force-reinstall torch --index-url https://pypi.org/simple")
 """On Linux, PyPI's torch is the CUDA build; other indexes may offer the CPU's."""
 
 
@@ -148,14 +149,14 @@ def reinstall(name: str, place: str) -> str:
     torch is never blamed: what others ask of it may well be wrong.
     """
     broken = next((one for one in EXTRAS if f"/{one}/" in place and one != "torch"), name)
-    return f"pip uninstall {broken} && {install(broken)}" if broken in EXTRAS else ""
+    return f"{pip_command('uninstall', broken)} && {install(broken)}" if broken in EXTRAS else ""
 
 
 def install(name: str) -> str:
     """The command that installs a library."""
     if name in ("flash-attn", "flash_attn"):
-        return "pip install flash-attn --no-build-isolation (only for CUDA)"
-    return f"pip install 'lacuna[{EXTRAS[name]}]' (in a checkout: make install)"
+        return pip_command("install", "flash-attn --no-build-isolation (only for CUDA)")
+    return install_command(EXTRAS[name])
 
 
 def _library(name: str) -> Check:

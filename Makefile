@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test lint coverage bench memory
+.PHONY: install torchtune quickstart test test-processors lint coverage bench memory
+
+NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_memory.py tests/test_training.py \
+	tests/test_finetune.py -k 'loss or allocates or learns or batch_1 or merged'
 
 install: .venv/installed
 
@@ -27,6 +30,12 @@ quickstart: install
 
 test: install torchtune
 	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-processors: install # without bf16 units, without AVX-512, without AVX at all; with several threads
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/pytest $(NUMERIC)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest $(NUMERIC)
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/pytest $(NUMERIC)
+	OMP_NUM_THREADS=4 $(BIN)/pytest $(NUMERIC)
 
 lint: install
 	$(BIN)/ruff check

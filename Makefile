@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test test-uv lint coverage bench memory
+.PHONY: install torchtune quickstart test test-uv test-processors lint coverage bench memory
+
+NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_memory.py tests/test_training.py \
+	tests/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
 
 install: .venv/installed
 
@@ -30,6 +33,14 @@ test: install torchtune
 
 test-uv: install
 	$(BIN)/pytest tests/test_uv.py
+
+# Without bf16 units, without AVX-512, without AVX; with several threads. Not torch.compile: its cache of kernels does
+# not tell ATEN_CPU_CAPABILITY apart, and one that was made for AVX-512 never ends when it is compiled for AVX2.
+test-processors: install
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/pytest $(NUMERIC)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest $(NUMERIC)
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/pytest $(NUMERIC)
+	OMP_NUM_THREADS=4 $(BIN)/pytest $(NUMERIC)
 
 lint: install
 	$(BIN)/ruff check

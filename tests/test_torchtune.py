@@ -23,6 +23,8 @@ from lacuna.experiment import torchtune
 from lacuna.experiment.builder import TorchtuneConfigBuilder
 from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import design
+from lacuna.experiment.generator import check_configs
+from lacuna.experiment.loaders import load_recipe
 from lacuna.experiment.merge import leaves, merge
 from lacuna.experiment.parameters import TORCHTUNE, find_path
 from lacuna.experiment.recipe import check_recipe
@@ -762,6 +764,14 @@ def test_the_usage_patterns_of_the_builders_plan_work_as_written(tmp_path: Path,
     with pytest.warns(UserWarning, match=r"torchtune would refuse to start config: dataset\.packed needs"):
         assert builder.validate() is builder
     assert builder.build()["dataset"]["packed"] is builder.build()["compile"] is True
+
+
+def test_the_checks_of_the_builder_can_do_without_torchtunes_process(tmp_path: Path) -> None:
+    """As when one run starts, and torchtune will say the rest by itself: nothing is asked, so no file is needed."""
+    base = load_recipe(LORA, "", None, None)
+    values = merge(base.values, {"dataset": {"packed": True}, "model": {"lora_rnk": 4}})
+    found = check_configs(base, {"config": values}, [], tmp_path, asks_torchtune=False)
+    assert {problem.path for problem in found if problem.kind != "here"} == {"dataset.packed"}
 
 
 def test_the_builder_lists_what_is_available() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,6 +21,7 @@ from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from lacuna.train.final import new_folder
 from lacuna.train.kept import manifest_text
+from lacuna.train.session import is_of_folder
 
 Settings = dict[str, Any]
 
@@ -402,3 +404,21 @@ def test_where_nothing_can_be_remembered_files_are_read(tmp_path: Path, monkeypa
     flip(weights)
     os.utime(weights, ns=(10**18, 10**18))
     assert cached_sha256(weights) != first
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_with_a_sentence(settings: Settings, here: Path) -> None:
+    process = spawn("sft", *flags(**{**settings, "steps": 3000}))
+    process.wait_until(lambda: any(Path("out").glob("checkpoints/step-*")))
+    Path("out").rename("gone")
+    process.wait()
+    assert process.popen.returncode == 2, process.output()
+    assert "Traceback" not in process.output()
+    assert re.search(r"error: .*out.*(then go on with: |run the same command)", process.output())
+
+
+def test_an_error_of_the_run_folder_is_told_from_others(tmp_path: Path) -> None:
+    inside, outside = OSError(13, "Permission denied", str(tmp_path / "a")), OSError(13, "Permission denied", "/else")
+    assert [is_of_folder(error, tmp_path) for error in (inside, outside)] == [True, False]
+    assert is_of_folder(OSError(5, "Input/output error"), tmp_path)
+    assert is_of_folder(OSError(24, "Too many open files", "/elsewhere"), tmp_path)
+    assert not is_of_folder(OSError(2, "No such file or directory"), tmp_path)

@@ -85,7 +85,7 @@ def supervise(
         except BaseException as error:
             if world.size > 1 and stop and not isinstance(error, LacunaError):
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
-            if isinstance(error, OSError) and _is_of_folder(error, folder):
+            if isinstance(error, OSError) and is_of_folder(error, folder):
                 problem = f"output_dir {folder}: {error}; the checkpoints are whole: mend that, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
@@ -100,7 +100,7 @@ def supervise(
             console.print(f"validation loss: {losses[-1]:.4f} (before: {losses[0]:.4f})")
 
 
-def _is_of_folder(error: OSError, folder: Path) -> bool:
+def is_of_folder(error: OSError, folder: Path) -> bool:
     """Whether the disk has failed, or it is about a file of the run folder."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return error.errno in DISK_ERRORS or any(path.absolute().is_relative_to(folder.absolute()) for path in named)

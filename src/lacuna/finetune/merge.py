@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModelForCausalLM
 from safetensors import SafetensorError
 from torch import Tensor
@@ -42,10 +42,11 @@ def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str
     try:
         with_adapter: Any = PeftModelForCausalLM.from_pretrained(model, str(adapter)).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{adapter}: the adapter does not load: {str(error).splitlines()[0]}") from error
-    expected = logits_of(with_adapter)
+        raise ModelError(f"{adapter}: the adapter does not load: {_reason(error)}") from error
+    tokens = _tokens_to_compare(model, with_adapter)
+    expected = logits_of(with_adapter, tokens)
     merged = with_adapter.merge_and_unload()
-    difference = relative(logits_of(merged), expected)
+    difference = relative(logits_of(merged, tokens), expected)
     if not difference <= TOLERANCE:
         raise ModelError(
             f"{adapter}: the merged model's logits differ from base plus adapter by {difference:.1e} of the largest: "
@@ -60,7 +61,7 @@ def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str
         weights = found.state_dict()
         if not all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items()):
             raise RunError(f"--output {output}: the files hold other weights than were written; is the disk sound?")
-        rounding = relative(logits_of(found.float()), expected)
+        rounding = relative(logits_of(found.float(), tokens), expected)
     return (
         f"merged: {target}; its logits differ from base plus adapter by {difference:.1e} of the largest, "
         f"in {str(dtype).removeprefix('torch.')} by {rounding:.1e}"
@@ -105,10 +106,25 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised, and where shapes disagree, both of them."""
+    first, *rest = str(error).splitlines()
+    return " ".join([first, *(line.strip() for line in rest if "shape" in line)])
+
+
+def _tokens_to_compare(model: Any, with_adapter: Any) -> Int[Tensor, "rows length"]:
+    """A few fixed rows of tokens, and those whose embeddings the adapter has trained by themselves."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    trained = with_adapter.active_peft_config.trainable_token_indices or []
+    listed = trained if isinstance(trained, list) else [token for tokens in trained.values() for token in tokens]
+    fixed = torch.arange(48).reshape(2, 24) * 7919 % vocabulary
+    if not listed:
+        return fixed
+    own = torch.tensor(listed[:24]).repeat(24)[:24]
+    return torch.cat([fixed, own[None]])
+
+
 @torch.no_grad()
-def logits_of(model: Any) -> Float[Tensor, "rows length vocabulary"]:
-    """For a few fixed rows of tokens."""
-    vocabulary: int = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(48).reshape(2, 24) * 7919 % vocabulary
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+def logits_of(model: Any, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length vocabulary"]:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()

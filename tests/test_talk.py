@@ -738,6 +738,9 @@ MARKDOWN = st.lists(
             "- one\n",
             "1. two\n",
             "```\n",
+            "~~~~ python\n",
+            "    ~~~~~\n",
+            "~~~~~\n",
             "x  = <b>\n",
             "words & more\n",
             "a | b\n",
@@ -746,13 +749,13 @@ MARKDOWN = st.lists(
             "***\n",
         ]
     ),
-    max_size=10,
+    max_size=14,
 ).map("".join)
 
 
-def shown(pieces: list[str]) -> str:
+def shown(pieces: list[str], height: int = 25) -> str:
     """What stands on the screen at the end; where it cannot be drawn anew, rich draws nothing twice."""
-    console = Console(file=io.StringIO(), width=60, force_terminal=False)
+    console = Console(file=io.StringIO(), width=60, height=height, force_terminal=False)
     with Screen(console) as screen:
         for piece in pieces:
             screen.say(piece)
@@ -763,7 +766,7 @@ def shown(pieces: list[str]) -> str:
 @given(MARKDOWN, st.integers(1, 7))
 def test_markdown_that_comes_in_pieces_is_the_same_as_at_once(text: str, size: int) -> None:
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
-    assert shown(pieces) == shown([text])
+    assert shown(pieces) == shown(pieces, height=3) == shown([text])
     assert "\n".join(blocks_of(text)) == text
 
 
@@ -774,7 +777,7 @@ def test_no_word_of_an_answer_is_lost_and_none_moves_the_cursor() -> None:
         "<think>",
         "</think>",
         "line one\n",
-        "line two ␛[2J␍ a (http://b.c) &",
+        r"line two \x1b[2J\r a (http://b.c) &",
         "[1]: http://d.e",
         "print('<x>')",
         "end",

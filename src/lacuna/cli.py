@@ -17,6 +17,7 @@ from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.experiment.merge import leaves
 from lacuna.flags import FLAGS, HELP, config_files, config_options, resolve, shown
+from lacuna.visible import visible
 
 FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
 
@@ -333,11 +334,11 @@ def run(command: click.Command) -> None:
             sys.excepthook(type(error), error, error.__traceback__)
         speaks = not error.is_shared or os.environ.get("RANK", "0") == "0"
         for problem in error.problems if speaks else ():
-            click.echo(f"error: {problem}", err=True)
+            click.echo(f"error: {visible(problem)}", err=True)
         sys.exit(error.exit_code)
     except Interrupted as interruption:
         if (message := str(interruption)) and os.environ.get("RANK", "0") == "0":
-            click.echo(f"\n{message}", err=True)
+            click.echo(f"\n{visible(message)}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()
         # All is saved and closed, but a thread of pyarrow may still read a stream, and abort at the interpreter's end.

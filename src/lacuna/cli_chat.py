@@ -9,6 +9,7 @@ import click
 from lacuna.chat.settings import Settings
 from lacuna.errors import ConfigError, MissingExtraError
 from lacuna.flags import FLAGS, HELP, shown
+from lacuna.visible import visible
 
 if TYPE_CHECKING:
     from lacuna.chat.answer import Model
@@ -35,7 +36,7 @@ CHANGED_BASE = click.option(
 
 
 def report(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 def load_local(place: "Place") -> "Model":

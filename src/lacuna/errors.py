@@ -17,10 +17,11 @@ Interrupted            exit 128 + signal: stopped on request, everything is save
 from collections.abc import Sequence
 
 from lacuna.installation import install_command
+from lacuna.visible import without_passwords
 
 
 class LacunaError(Exception):
-    """One or several problems, each a sentence that says what, where and what to do.
+    """One or several problems, each a sentence that says what, where and what to do, and no password of a URL.
 
     is_shared: all processes of the run raise it, so that one of them may speak for all.
     """
@@ -28,7 +29,7 @@ class LacunaError(Exception):
     exit_code = 2
 
     def __init__(self, problems: str | Sequence[str], is_shared: bool = False) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [*map(without_passwords, [problems] if isinstance(problems, str) else problems)]
         self.is_shared = is_shared
         super().__init__("\n".join(self.problems))
 

@@ -13,11 +13,12 @@ from lacuna.chat.answer import Answer, ask
 from lacuna.chat.find import Place
 from lacuna.chat.local import Report, free_memory, load
 from lacuna.chat.settings import Settings
-from lacuna.chat.terminal import VISIBLE, prompts_of
+from lacuna.chat.terminal import prompts_of
 from lacuna.data.formats import SHOWN_PROBLEMS, Broken, Conversation, Message, Row, read_file
 from lacuna.data.schemas import detect_schema, to_examples
 from lacuna.errors import DataError, RunError
 from lacuna.runs.folder import write_whole
+from lacuna.visible import visible
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ def side_by_side(prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Answe
     has_reference = any(prompt.reference is not None for prompt in prompts)
     table = Table(show_lines=True)
     for name in ("prompt", *(["reference"] if has_reference else []), *answers):
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(visible(name)), overflow="fold")
     for place, prompt in enumerate(prompts):
         cells = [prompt.messages[-1]["content"], *([prompt.reference or ""] if has_reference else [])]
         for of_model in answers.values():
             answer = of_model[place]
             cells.append("\n".join([answer.text.strip(), *(f"({note})" for note in answer.notes())]))
-        table.add_row(*(Text(cell.translate(VISIBLE)) for cell in cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     if has_reference:
         wanted = [(place, prompt.reference.strip()) for place, prompt in enumerate(prompts) if prompt.reference]
         rights = [sum(of[place].text.strip() == text for place, text in wanted) for of in answers.values()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -22,10 +23,11 @@ from lacuna.chat.session import Session, Step, Turn, obey
 from lacuna.chat.settings import Settings
 from lacuna.data.formats import Message
 from lacuna.errors import DataError, LacunaError
+from lacuna.visible import visible, visible_json
 
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Control characters as their pictures: no model's words move the cursor."""
+BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["reference", "inline"])
+"""Finds where the blocks begin, and does not look into them."""
 REFRESHES = 10
 """A second, of what is being written."""
 
@@ -36,8 +38,85 @@ class Words(Markdown):
     def __init__(self, text: str) -> None:
         super().__init__("", hyperlinks=False)
         self.parsed = PARSER.parse(text)
-        for child in (child for token in self.parsed for child in token.children or []):
-            child.type = "hardbreak" if child.type == "softbreak" else child.type
+        for token in [one for outer in self.parsed for one in (outer, *(outer.children or ()))]:
+            token.type = "hardbreak" if token.type == "softbreak" else token.type
+            token.content = visible(token.content)
+
+
+def blocks_of(text: str) -> list[str]:
+    """The parts of Markdown that stand by themselves: whatever comes behind them, all but the last stay as they are."""
+    lines = text.split("\n")
+    starts = [token.map[0] for token in BLOCKS.parse(text) if token.level == 0 and token.map]
+    return ["\n".join(lines[start:end]) for start, end in pairwise([0, *starts[1:], len(lines)])]
+
+
+def fence_of(block: str) -> tuple[str, re.Pattern[str]] | None:
+    """The first line of a block of code, and what ends it; None where the block is none."""
+    opening = re.match(r" {0,3}((`|~)\2{2,}).*", block.lstrip("\n"))
+    if opening is None:
+        return None
+    return opening[0], re.compile(rf" {{0,3}}{opening[2]}{{{len(opening[1])},}}[ \t]*")
+
+
+class Screen:
+    """Markdown as it comes: blocks that are complete are printed for good, the end of the last one is drawn anew.
+
+    Time is linear in the text: a long block is looked at again only when it has doubled, or a fence has closed it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._lines: list[str] = []
+        self._begun = ""
+        self._fence: tuple[str, re.Pattern[str]] | None = None
+        self._is_closed = False
+        self._look_at = 0
+        self._is_first = True
+        self._live = Live(console=console, transient=True, refresh_per_second=REFRESHES)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def say(self, piece: str) -> None:
+        first, *others = visible(piece).split("\n")
+        self._begun += first
+        for line in others:
+            self._add(self._begun)
+            self._begun = line
+        self._live.update(Tail(self._tail()))
+
+    def _add(self, line: str) -> None:
+        self._lines.append(line)
+        if len(self._lines) >= self._look_at or (self._is_closed and line.strip()):
+            *whole, last = blocks_of("\n".join(self._lines))
+            self._print(whole)
+            self._lines = last.split("\n")
+            self._fence = fence_of(last)
+            self._is_closed = self._fence is not None and any(map(self._fence[1].fullmatch, self._lines[1:]))
+            self._look_at = max(self.console.height, 2 * len(self._lines))
+        elif self._fence is not None and self._fence[1].fullmatch(line):
+            self._is_closed = True
+
+    def _tail(self) -> str:
+        """As much as the terminal has room for; of a block of code, beneath its first line."""
+        height, width = self.console.height, self.console.width
+        lines = [*self._lines[-height:], self._begun]
+        text = "\n".join(lines)[-height * width :]
+        is_cut = len(lines) <= len(self._lines) or len(text) == height * width
+        return f"{self._fence[0]}\n{text}" if is_cut and self._fence is not None else text
+
+    def _print(self, blocks: Iterable[str]) -> None:
+        for block in filter(str.strip, blocks):
+            if not self._is_first:
+                self.console.print()
+            self._is_first = False
+            self.console.print(Words(block))
+
+    def __exit__(self, *_: object) -> None:
+        self._live.update(Text())
+        self._live.stop()
+        self._print(blocks_of("\n".join([*self._lines, self._begun])))
 
 
 class Tail:
@@ -52,46 +131,6 @@ class Tail:
             yield Segment.line()
 
 
-def blocks_of(text: str) -> list[str]:
-    """The parts of Markdown that stand by themselves: whatever comes behind them, all but the last stay as they are."""
-    lines = text.split("\n")
-    starts = [token.map[0] for token in PARSER.parse(text) if token.level == 0 and token.map]
-    return ["\n".join(lines[start:end]) for start, end in pairwise([0, *starts[1:], len(lines)])]
-
-
-class Screen:
-    """Markdown as it comes: blocks that are complete are printed for good, the last one is drawn anew."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._rest = ""
-        self._is_first = True
-        self._live = Live(console=console, transient=True, refresh_per_second=REFRESHES)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def say(self, piece: str) -> None:
-        lines, _, begun = (self._rest + piece.translate(VISIBLE)).rpartition("\n")
-        *whole, last = blocks_of(lines)
-        self._print(whole)
-        self._rest = f"{last}\n{begun}" if last or lines else begun
-        self._live.update(Tail(self._rest))
-
-    def _print(self, blocks: Iterable[str]) -> None:
-        for block in filter(str.strip, blocks):
-            if not self._is_first:
-                self.console.print()
-            self._is_first = False
-            self.console.print(Words(block))
-
-    def __exit__(self, *_: object) -> None:
-        self._live.update(Text())
-        self._live.stop()
-        self._print(blocks_of(self._rest))
-
-
 class Plain:
     """Text as it comes."""
 
@@ -102,7 +141,7 @@ class Plain:
         return self
 
     def say(self, piece: str) -> None:
-        self.console.file.write(piece.translate(VISIBLE))
+        self.console.file.write(visible(piece))
         self.console.file.flush()
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +191,7 @@ def converse(model: Model, session: Session) -> None:
             line = lines.prompt("> ")
             if line.strip():
                 step = obey(session, line)
-                console.print(Text(step.told.translate(VISIBLE), style="dim")) if step.told else None
+                console.print(Text(visible(step.told), style="dim")) if step.told else None
                 session = answered(console, model, session, step) if step.prompt is not None else step.session
                 leaves = step.leaves
         except KeyboardInterrupt:
@@ -161,7 +200,7 @@ def converse(model: Model, session: Session) -> None:
             return
         except LacunaError as error:
             for problem in error.problems:
-                console.print(Text(f"error: {problem}".translate(VISIBLE), style="red"))
+                console.print(Text(visible(f"error: {problem}"), style="red"))
 
 
 def history_file() -> Path | None:
@@ -186,9 +225,9 @@ def answer_lines(model: Model, session: Session, lines: Iterable[bytes], as_json
             raise
         if as_json:
             facts = {"prompt": prompt, **asdict(answer), "seed": session.settings.seed}
-            click.echo(json.dumps(facts, ensure_ascii=False))
+            click.echo(visible_json(json.dumps(facts, ensure_ascii=False)))
             continue
-        click.echo(answer.text)
+        click.echo(visible(answer.text))
         for note in answer.notes():
             click.echo(f"note: line {number}: {note}", err=True)
     sys.stdout.flush()

@@ -17,6 +17,7 @@ from lacuna.config.files import did_you_mean
 from lacuna.config.training import TrainingConfig
 from lacuna.data.formats import Broken, Row, find_files
 from lacuna.errors import DataError, MissingExtraError
+from lacuna.visible import shown_url, visible, without_passwords
 
 RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
 PROBE_SECONDS = 5
@@ -38,9 +39,10 @@ def stay_offline(names: Sequence[str]) -> None:
     if os.environ.get("HF_HUB_OFFLINE") or not names:
         return
     if reason := unreachable():
-        endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
+        endpoint = shown_url(os.environ.get("HF_ENDPOINT") or ENDPOINT)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        click.echo(f"warning: the hub {endpoint} cannot be reached ({reason}): using what is downloaded", err=True)
+        said = without_passwords(f"the hub {endpoint} cannot be reached ({reason})")
+        click.echo(visible(f"warning: {said}: using what is downloaded"), err=True)
 
 
 def unreachable() -> str | None:

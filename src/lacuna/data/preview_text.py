@@ -17,6 +17,7 @@ from lacuna.data.formats import SHOWN_PROBLEMS
 from lacuna.data.preview import PartPreview, Preview, Shown, preview
 from lacuna.errors import MissingExtraError
 from lacuna.train.loading import load_tokenizer
+from lacuna.visible import escaped
 
 BAR_WIDTH = 40
 SHOWN_TOKENS = 600
@@ -27,11 +28,6 @@ STYLES = {
     (False, False): "dim", (False, True): "dim reverse", (True, False): "green", (True, True): "green reverse",
 }  # fmt: skip
 """Of tokens that are (learned, control tokens)."""
-
-
-def escaped(text: str) -> str:
-    """What a terminal would obey, such as ESC, spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def look(config: TrainingConfig | FinetuneConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:

@@ -14,6 +14,7 @@ from rich.text import Text
 from lacuna.launch.selection import Planned
 from lacuna.runs.folder import OUTPUT_LOG, read_status
 from lacuna.train.progress import format_duration
+from lacuna.visible import visible
 
 REFRESH_SECONDS = 0.5
 SHOWN_RUNS = 20
@@ -49,7 +50,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """A line, above the table where there is one."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def started(self, run: Planned, again: bool) -> None:
         """again: it cannot go on where it was, and begins anew."""
@@ -108,7 +109,7 @@ class Board:
                 id, run.varies, str(run.seed) if run.seed is not None else "", state,
                 f"{status['step']}/{status.get('total_steps') or '?'}" if "step" in status else "",
                 f"{loss:.4f}" if loss is not None else "", f"{speed:,.0f}" if speed is not None else "",
-                textwrap.shorten(self.reasons.get(id, ""), SHOWN_REASON, placeholder=" …"),
+                visible(textwrap.shorten(self.reasons.get(id, ""), SHOWN_REASON, placeholder=" …")),
             ]  # fmt: skip
             table.add_row(*map(Text, cells))
         return Group(table, Text(self.summary()))

@@ -27,6 +27,7 @@ from lacuna.platform.detect import read_host
 from lacuna.platform.ready import problems_of, refuse
 from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of, put_aside
 from lacuna.runs.status import Row, table
+from lacuna.visible import visible
 
 QUEUED = {"pending", "submitted", "starting", "running", "requeued", "restarting"}
 NOT_STARTED = "not submitted"
@@ -216,7 +217,7 @@ def _tell(rows: Sequence[Row], started: Sequence[Planned], again: str, is_stoppe
     """How it ended: what failed and why, and what goes on."""
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(visible(text), soft_wrap=True, markup=False)
 
     counts = Counter("not started" if row.state == NOT_STARTED else row.state for row in rows)
     say(f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))

@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError
 from lacuna.platform.detect import choose_device
 from lacuna.runs.folder import is_held, read_status, write_json
+from lacuna.visible import visible
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -60,7 +61,7 @@ def launch(command: list[str], gpus: int, max_restarts: int, device: str, output
             raise Interrupted(asked[0], "stopped before anything was trained" if code < 0 else "")
         _note(output_dir, reason, is_certain=code < 0)
         if code < 0 or code == LostProcessError.exit_code:
-            click.echo(f"error: {reason}", err=True)
+            click.echo(f"error: {visible(reason)}", err=True)
         is_last = restart == max_restarts or code == LacunaError.exit_code or code > 128
         if is_last:
             sys.exit(code if code >= 0 else 128 - code)

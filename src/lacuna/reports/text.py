@@ -13,6 +13,7 @@ from lacuna.flags import shown as shown_value
 from lacuna.reports.make import level_name
 from lacuna.reports.results import HOURS, Arm, Estimate, Report, RunResult
 from lacuna.train.progress import format_duration
+from lacuna.visible import visible
 
 MOST_ROWS = 40
 """Rows of a table that are shown."""
@@ -23,12 +24,12 @@ NARROW = ("run", "seed", "seeds", "state", "p", "clear", "")
 def print_report(report: Report, console: Console) -> None:
     """The verdict first, then what it rests on."""
     said = report.experiment
-    console.print(f"\n{said['experiment_name']}", style="bold")
+    console.print(visible(f"\n{said['experiment_name']}"), style="bold")
     for name in ("question", "hypothesis"):
         if said.get(name):
-            console.print(f"{name}: {said[name]}")
-    console.print(f"\n{report.verdict}\n", style="bold green" if report.winner else "bold")
-    console.print(f"{report.metric}, {report.goal} is best: {report.how}")
+            console.print(visible(f"{name}: {said[name]}"))
+    console.print(visible(f"\n{report.verdict}\n"), style="bold green" if report.winner else "bold")
+    console.print(visible(f"{report.metric}, {report.goal} is best: {report.how}"))
     arms = {_letter(place): arm for place, arm in enumerate(report.best_first())}
     _arms(report, arms, console)
     for effect in report.effects if len(report.effects) > 1 else ():
@@ -40,7 +41,7 @@ def print_report(report: Report, console: Console) -> None:
     _runs(report, letters, console)
     _unfinished(report.runs, console)
     for note in report.notes:
-        console.print(Padding(f"note: {note}", (0, 0, 0, 2)))
+        console.print(Padding(visible(f"note: {note}"), (0, 0, 0, 2)))
     console.print(_totals(report))
 
 
@@ -53,17 +54,22 @@ def _print(
     wrapped: int | None = None,
 ) -> None:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        title=visible(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for index, name in enumerate(header):
         table.add_column(
-            name,
+            visible(name),
             justify="right" if index in numbers else "left",
             overflow="fold",
             no_wrap=(index in numbers or name in NARROW) and index != wrapped,
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console.print(table)
 
 
@@ -139,9 +145,8 @@ def _unfinished(runs: Sequence[RunResult], console: Console) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in open_runs).items())
     console.print(f"{len(open_runs)} of {len(runs)} runs have no result: {counts}", style="bold")
     for run in open_runs[:MOST_ROWS]:
-        console.print(
-            Padding(f"{run.id} ({run.arm}): {run.state}{f': {run.reason}' if run.reason else ''}", (0, 0, 0, 2))
-        )
+        why = f": {run.reason}" if run.reason else ""
+        console.print(Padding(visible(f"{run.id} ({run.arm}): {run.state}{why}"), (0, 0, 0, 2)))
     if len(open_runs) > MOST_ROWS:
         console.print(f"  … and {len(open_runs) - MOST_ROWS} more (--csv has all)")
     console.print()

@@ -17,6 +17,7 @@ from lacuna.runs.folder import is_held, read_status, starts_of
 from lacuna.runs.identity import CHANGED, changed_inputs
 from lacuna.runs.logs import last_words, tail
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
+from lacuna.visible import visible
 
 DEPTH = 3
 """Levels of folders in which runs are looked for."""
@@ -221,7 +222,7 @@ def as_text(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     steps = "" if row.step is None else f"{row.step}/{row.total_steps if row.total_steps is not None else '?'}"
-    return (
+    cells = (
         row.run,
         row.state,
         steps,
@@ -231,3 +232,4 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.job or "",
         textwrap.shorten(row.reason, SHOWN_REASON, placeholder=" …"),
     )
+    return tuple(map(visible, cells))

@@ -8,10 +8,12 @@ NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_m
 
 install: .venv/installed
 
+# pip would compile on one core. compileall fails for a file of torch's in the syntax of Python 3.12, which is no harm.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lacuna needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,finetune,track,report,chat,bench,dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[train,finetune,track,report,chat,bench,dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 torchtune: .venv-torchtune/installed

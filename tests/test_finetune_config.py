@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from conftest import Outcome, Run
 from fixtures import make_model, write_chat, write_texts
@@ -1097,6 +1099,39 @@ def test_merge_writes_nothing_that_says_something_else(
     outcome = run("lacuna", "merge", "out", "--output", "m")
     assert_refused(outcome, "the merged model's logits differ from base plus adapter by", "nothing was written")
     assert sorted(path.name for path in project.iterdir()) == ["c.yaml", "chat.jsonl", "out", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapter", "said"),
+    [
+        (False, {"target_modules": ["embed_tokens", "q_proj"]}, "merged: "),
+        (
+            True,
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            "the merged model's logits differ from base plus adapter",
+        ),
+        (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, "merged: "),
+        (True, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "merged: "),
+    ],
+)
+def test_adapters_on_the_embedding_are_merged_or_refused(
+    run: Run, tmp_path: Path, tied: bool, adapter: dict[str, Any], said: str
+) -> None:
+    """PEFT merges an adapter of a tied embedding into the head as well, which had none: the proof by logits sees it."""
+    base = make_model(tmp_path / "base", "qwen3" if tied else "llama")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.config.tie_word_embeddings is tied
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, base_model_name_or_path=str(base), **adapter)
+    adapted: Any = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    outcome = run("lacuna", "merge", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert said in outcome.output
+    assert outcome.code == (0 if said == "merged: " else 2)
+    assert (tmp_path / "merged").exists() == (outcome.code == 0)
 
 
 def test_merge_says_that_a_folder_is_gone_not_that_the_hub_is(run: Run, finished: Path, project: Path) -> None:

@@ -54,7 +54,8 @@ TORCH_FREE = [
     "lacuna.reports.notes", "lacuna.reports.page", "lacuna.reports.results", "lacuna.reports.statistics",
     "lacuna.reports.table", "lacuna.reports.verdict",
     "lacuna.reports.curves", "lacuna.reports.numbers",
-    "lacuna.cli_data", "lacuna.cli_chat", "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings",
+    "lacuna.cli_data", "lacuna.cli_chat",
+    "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings",
 ]  # fmt: skip
 NOT_TORCH_FREE = {"plan/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'

@@ -141,7 +141,8 @@ def test_the_quickstart_learns_what_the_readme_shows(quickstart: tuple[Path, str
     found = re.findall(r"^held-out accuracy: (\d\.\d\d) \((?:learning_rate=)?([\w.]+)", output, re.MULTILINE)
     accuracy = {arm: float(share) for share, arm in found}
     assert accuracy.keys() == {"before", "0.0003", "0.003"}, output
-    assert max(accuracy["before"], accuracy["0.0003"]) <= 0.05
+    assert accuracy["before"] <= 0.05
+    assert accuracy["0.0003"] <= 0.1
     assert accuracy["0.003"] >= 0.8
     loss = re.search(r"^validation loss: (\d+\.\d+) \(before: (\d+\.\d+)\)$", output, re.MULTILINE)
     assert loss is not None

@@ -24,6 +24,7 @@ from forked import COMMANDS
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
 from lacuna.experiment.generator import generate
+from lacuna.launch.start import command, find_task
 from lacuna.launch.torchtune_run import run_torchtune
 from lacuna.runs.folder import read_status, starts_of, write_json, write_status
 from lacuna.runs.metrics import read_evaluation, read_metrics
@@ -129,7 +130,11 @@ def test_every_start_holds_the_fields_of_the_page(runs: Path) -> None:
 def test_provenance_names_what_a_run_was_made_of(runs: Path, home: Path) -> None:
     (start,) = starts_of(runs / "sft" / "run_000")
     parent = runs / "pretrain" / "run_000"
-    chat = {"path": "chat.jsonl", "bytes": (home / "chat.jsonl").stat().st_size, "sha256": sha256(home / "chat.jsonl")}
+    found = (home / "chat.jsonl").stat()
+    chat = {
+        "path": "chat.jsonl", "bytes": found.st_size, "modified": found.st_mtime_ns,
+        "sha256": sha256(home / "chat.jsonl"),
+    }  # fmt: skip
     mapping = (home / "sft" / "run_mapping.yaml").read_bytes().partition(b"\n")[2]
     assert start["trainer"] == "sft"
     assert start["config_files"] == [{"path": "sft/run_000.yaml", "sha256": sha256(home / "sft" / "run_000.yaml")}]
@@ -470,10 +475,16 @@ def test_a_torchtune_run_begun_again_is_the_same_to_the_bit_and_not_mixed_up(tun
     assert "already finished" in start(tune, "lora", 0).wait()
 
 
-def test_torchtune_without_a_step_is_a_failed_run(tune: Path) -> None:
-    """torchtune ends with 0 where a step needs more rows than there are."""
+def test_torchtune_without_a_step_is_a_failed_run(tune: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """torchtune ends with 0 where a step needs more rows than there are; so `lacuna start` does not start it."""
     values = {**tiny_controls(tune / "llama", tune / "rows.jsonl", "lora_llama3_2"), "batch_size": 65}
     tune_runs(tune, "none", "llama3_2/1B_lora_single_device", [1], values)
+    status = read_status(tune / "runs" / "none" / "run_000") or {}
+    assert (status["state"], status["step"]) == ("failed", 0)
+    assert "batch_size 64 rows are fewer than one step of 65 × 1 accumulated: no step at all" in status["reason"]
+    words = command(find_task(str(tune / "none"), 0, None), {}, TORCHTUNE_PYTHON)
+    assert run_torchtune(words, tune / "none" / "run_000.yaml", 1, "runs/none/run_000") == 1
+    assert "error: torchtune trained no step" in capfd.readouterr().err
     status = read_status(tune / "runs" / "none" / "run_000") or {}
     assert (status["state"], status["step"]) == ("failed", 0)
     assert "torchtune trained no step: batch_size × gradient_accumulation_steps" in status["reason"]

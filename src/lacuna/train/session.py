@@ -28,9 +28,8 @@ from lacuna.train.kept import damage, free_name, newest_whole
 from lacuna.train.signals import StopRequest
 
 OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"
-DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
-}  # fmt: skip
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_ERRORS = {*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Variables that count how often our launcher, torchrun or SLURM has started a command again."""
 LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \w+ error|remote process exited", re.I)
@@ -86,7 +85,8 @@ def supervise(
             if world.size > 1 and stop and not isinstance(error, LacunaError):
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and is_of_folder(error, folder):
-                problem = f"output_dir {folder}: {error}; the checkpoints are whole: mend that, then go on with: "
+                todo = "make room" if error.errno in FULL else "mend that"
+                problem = f"output_dir {folder}: {error}; the checkpoints are whole: {todo}, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())

@@ -115,7 +115,7 @@ def make_programs(folder: Path, size: int) -> dict[str, Program]:
 
     programs: dict[str, Program] = {"lacuna": lacuna("--no-validate")}
     if size <= LARGEST_VALIDATED:
-        programs["lacuna with torchtune's checks"] = lacuna("--paths", "skip")
+        programs["lacuna with torchtune's checks"] = lacuna()
     programs["OmegaConf"] = omegaconf
     if size <= LARGEST_HYDRA:
         programs["Hydra"] = hydra

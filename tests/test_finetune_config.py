@@ -997,7 +997,9 @@ def test_the_same_batch_made_up_otherwise_resumes_a_run(finetune: Finetune, unfi
 
 def test_changed_data_do_not_resume_a_run(finetune: Finetune, unfinished: Path, project: Path) -> None:
     write_chat(project / "chat.jsonl", seed=1)
-    assert_refused(finetune("--resume", "out"), "the data or the tokenizer have changed")
+    assert_refused(
+        finetune("--resume", "out"), "was made of something else: training data: other rows than it was trained on"
+    )
 
 
 def test_an_older_checkpoint_does_not_resume_in_its_own_folder(finetune: Finetune, unfinished: Path) -> None:
@@ -1095,7 +1097,7 @@ def test_merge_refuses_what_it_cannot_do(run: Run, finished: Path, project: Path
 def test_merge_writes_nothing_that_says_something_else(
     run: Run, finished: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lacuna.finetune.merge.logits_of", lambda model: torch.rand(2, 24, 400))
+    monkeypatch.setattr("lacuna.finetune.merge.logits_of", lambda model, tokens: torch.rand(2, 24, 400))
     outcome = run("lacuna", "merge", "out", "--output", "m")
     assert_refused(outcome, "the merged model's logits differ from base plus adapter by", "nothing was written")
     assert sorted(path.name for path in project.iterdir()) == ["c.yaml", "chat.jsonl", "out", "tiny"]

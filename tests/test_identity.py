@@ -346,7 +346,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     """Tokenizers raise a bare Exception where the disk is full, and safetensors a class of their own."""
     final = tmp_path / "final"
     for error in (OSError(28, "No space left on device"), SafetensorError("x"), Exception("full (os error 28)")):
-        with pytest.raises(RunError, match=r"final: could not be written: .*; make room"):
+        with pytest.raises(RunError, match=r"final: cannot be written: .*; make room"):
             fail_in(final, error)
     with pytest.raises(ValueError, match="other"):
         fail_in(final, ValueError("other"))

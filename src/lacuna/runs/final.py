@@ -30,13 +30,17 @@ def entries_of(final: Path) -> dict[str, Any]:
 def damage_of_final(run: Path) -> str | None:
     """What is wrong with the final folder of a finished run; None where all is as it was written, or nothing is known.
 
-    Weights must be the same to the bit; any other file may have been edited, and must be there.
+    Weights must be the same to the bit; any other file may have been edited or taken away, but not emptied.
     """
     written = (read_status(run) or {}).get("final")
     for name, entry in written.items() if isinstance(written, dict) else ():
         file = run / "final" / name
-        if not file.is_file() or (file.stat().st_size == 0 and entry["bytes"]):
-            return f"{name} is {'empty' if file.is_file() else 'missing'}"
+        if not file.is_file():
+            if file.suffix == WEIGHTS:
+                return f"{name} is missing"
+            continue
+        if file.stat().st_size == 0 and entry["bytes"]:
+            return f"{name} is empty"
         if file.suffix == WEIGHTS and file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
         if file.suffix == WEIGHTS and cached_sha256(file) != entry["sha256"]:

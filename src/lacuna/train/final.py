@@ -29,9 +29,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error" in str(error)):
-            raise RunError(
-                f"{final}: could not be written: {error}; make room and run the same command again"
-            ) from error
+            raise RunError(f"{final}: cannot be written: {error}; make room and run the same command again") from error
         raise
 
 

@@ -218,6 +218,12 @@ def test_finished_runs_of_an_experiment_are_named_marked_and_trained_anew(run: R
         "2 finished runs made of something else than is there now (chat.jsonl changed since): the numbers are those of "
         "then; `lacuna run --again` trains them anew"
     ]
+    cut = Path("chat.jsonl").read_bytes()
+    Path("chat.jsonl").write_bytes(b"{}\n")
+    outcome = run("lacuna", "run", "configs", "--again")
+    assert outcome.code == 2
+    assert not list(Path("runs").glob("*.before-*"))
+    Path("chat.jsonl").write_bytes(cut)
     outcome = run("lacuna", "run", "configs", "--again", "--only", "run_001")
     assert outcome.code == 0, outcome.output
     assert "note: run_001, finished, is kept: runs/run_001.before-1" in outcome.output

@@ -142,7 +142,7 @@ def summarise(problems: Sequence[Problem]) -> list[str]:
     runs: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
         runs.setdefault((problem.path, problem.what, problem.todo), []).append(problem.run)
-    return [f"{_span(ids)}: {path}{' ' * bool(path)}{what}: {todo}" for (path, what, todo), ids in runs.items()]
+    return [f"{span_of(ids)}: {path}{' ' * bool(path)}{what}: {todo}" for (path, what, todo), ids in runs.items()]
 
 
 def warning_lines(problems: Sequence[Problem], trainer: str) -> list[str]:
@@ -156,13 +156,14 @@ def warning_lines(problems: Sequence[Problem], trainer: str) -> list[str]:
     for todo, found in here.items():
         places = list(dict.fromkeys(f"{problem.path} {problem.what}" for problem in found))
         more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
-        runs = _span(list(dict.fromkeys(problem.run for problem in found)))
+        runs = span_of(list(dict.fromkeys(problem.run for problem in found)))
         lines.append(f"not on this machine, {runs}: {'; '.join(places[:SHOWN_PLACES])}{more}: {todo}")
     refused = summarise([problem for problem in problems if problem.kind == "start"])
     return lines + [f"{trainer} would refuse to start {line}" for line in refused]
 
 
-def _span(ids: Sequence[str]) -> str:
+def span_of(ids: Sequence[str]) -> str:
+    """One run by its id, several by their number, the first and the last."""
     return ids[0] if len(ids) == 1 else f"{len(ids)} runs ({ids[0]} … {ids[-1]})"
 
 

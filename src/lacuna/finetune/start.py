@@ -149,8 +149,9 @@ def _finetune(
     prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
     record_start(config, flat, prepared, command, given)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
-    held_out = prepared.validation_rows
-    prepared = replace(prepared, identity=world.first(lambda: identity_now(flat, tokenizer, held_out)))
+    if not Path(flat.model_name).is_dir():
+        held_out = prepared.validation_rows
+        prepared = replace(prepared, identity=world.first(lambda: identity_now(flat, tokenizer, held_out)))
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))

@@ -13,7 +13,7 @@ from rich.console import Console
 from lacuna.config.files import read_layer
 from lacuna.errors import ConfigError, OtherInputsError
 from lacuna.experiment.checks import Problem
-from lacuna.experiment.folder import MAPPING
+from lacuna.experiment.folder import MAPPING, span_of
 from lacuna.experiment.generator import generate
 from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.board import Board
@@ -87,16 +87,19 @@ def run(
     others = with_other_inputs(mapping, finished)
     if others and not again:
         raise OtherInputsError(list(_tell_others(others, len(finished))))
-    for run, _ in others:
-        console.print(f"note: {run.id}, finished, is kept: {put_aside(run.folder)}", soft_wrap=True, markup=False)
-    missing, finished = plan(mapping, chosen) if others else (missing, finished)
     queued = {row.run: row for row in _rows(mapping, chosen) if _is_queued(row)}
     for id, row in list(queued.items())[:SHOWN_FAILURES]:
         console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
     missing = [run for run in missing if run.id not in queued]
+    wanted = [*missing, *(run for run, _ in others)]
     if problems is None:
-        problems = problems_of(mapping, [run.index for run in missing], torchtune_python)
-    refuse(problems, [run.id for run in missing])
+        problems = problems_of(mapping, [run.index for run in wanted], torchtune_python)
+    refuse(problems, [run.id for run in wanted])
+    if others:
+        for run, _ in others:
+            console.print(f"note: {run.id}, finished, is kept: {put_aside(run.folder)}", soft_wrap=True, markup=False)
+        missing, finished = plan(mapping, chosen)
+        missing = [run for run in missing if run.id not in queued]
     place = os.path.relpath(mapping.file.parent)
     if slurm:
         return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)
@@ -123,8 +126,7 @@ def _tell_others(others: Sequence[tuple[Planned, Sequence[str]]], finished: int)
     for run, changed in others:
         runs.setdefault(", ".join(changed), []).append(run.id)
     for changed, ids in runs.items():
-        which = ids[0] if len(ids) == 1 else f"{len(ids)} runs ({ids[0]} … {ids[-1]})"
-        yield f"{which}: finished, but made of something else: {changed} changed since"
+        yield f"{span_of(ids)}: finished, but made of something else: {changed} changed since"
     yield (
         f"{len(others)} of {finished} finished runs: nothing was started; --again trains these anew and keeps their "
         "folders beside the new ones, --only starts others"

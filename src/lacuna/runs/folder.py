@@ -122,10 +122,15 @@ def refuse_foreign_folder(folder: Path) -> None:
 
 def put_aside(folder: Path) -> Path:
     """Give a run folder another name beside it, so that a new run may have its place; returns the new name."""
-    names = (folder.with_name(f"{folder.name}.before-{number}") for number in range(1, 10000))
-    aside = next(name for name in names if not name.exists())
+    aside = name_aside(folder)
     folder.rename(aside)
     return aside
+
+
+def name_aside(path: Path) -> Path:
+    """The first free name for what has stood there before."""
+    names = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 10000))
+    return next(name for name in names if not name.exists())
 
 
 def write_config(folder: Path, config: BaseModel) -> str:

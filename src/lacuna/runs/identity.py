@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,17 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> dict[str, list[Any]]:
+    with suppress(OSError):
+        found = _cache_file().stat()
+        return _parse_cache(_cache_file(), found.st_ino, found.st_mtime_ns)
+    return {}
+
+
+@lru_cache(maxsize=1)
+def _parse_cache(file: Path, inode: int, modified: int) -> dict[str, list[Any]]:
+    """Once for each state of the file: a thousand runs ask it one after another."""
     with suppress(OSError, ValueError):
-        values = json.loads(_cache_file().read_bytes())
+        values = json.loads(file.read_bytes())
         if isinstance(values, dict):
             return values
     return {}

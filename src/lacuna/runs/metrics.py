@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lacuna.errors import RunError
-from lacuna.runs.folder import write_whole
+from lacuna.runs.folder import name_aside, write_whole
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -116,7 +116,6 @@ def _kept_aside(path: Path, content: bytes) -> str:
     """Keep what is there under another name; returns how that is said."""
     if not content:
         return ""
-    names = (path.with_name(f"{path.name}.before-{number}") for number in range(1, 10000))
-    aside = next(name for name in names if not name.exists())
+    aside = name_aside(path)
     aside.write_bytes(content)
     return f"; what was there is kept as {aside.name}"

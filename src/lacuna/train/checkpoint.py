@@ -5,7 +5,6 @@ the folder gets its name. Whoever finds a named folder whose files match its man
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from lacuna.errors import RunError
+from lacuna.runs.final import sync
 from lacuna.runs.folder import write_json, write_whole
 from lacuna.runs.identity import Identity
 from lacuna.runs.metrics import Mark
@@ -208,7 +208,7 @@ class CheckpointWriter:
             manifest["state.json"] = entry(partial / "state.json")
             write_whole(partial / "manifest.json", manifest_text(dict(sorted(manifest.items()))))
             partial.rename(final)
-            _sync_folder(self.folder)
+            sync(self.folder)
             self._drop_superfluous()
         except OSError as error:
             return False, _cannot_write(final.name, error)
@@ -254,11 +254,3 @@ def _cannot_write(name: str, error: BaseException) -> RunError:
         "disk, then run the same command to go on from the newest",
         is_shared=True,
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

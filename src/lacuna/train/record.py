@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.training import TrainingConfig
+from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.loader import PackedRows
 from lacuna.runs.folder import write_config
 from lacuna.runs.identity import Identity, identity_of
@@ -55,8 +55,9 @@ def record_start(
 
 def identity_now(flat: TrainingConfig, tokenizer: Any, validation_rows: PackedRows | None) -> Identity:
     """Of what the run is made, as it is on the disk; the commit of a hub model is known once that was loaded."""
+    is_streamed = isinstance(flat, PretrainConfig) and flat.streaming
     facts = {
-        **data_facts(flat),
+        **(data_facts(flat) if is_streamed else {}),
         **tokenizer_facts(flat, tokenizer.name_or_path),
         **model_facts(flat),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),

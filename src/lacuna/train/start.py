@@ -105,7 +105,8 @@ def _train(
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
         model = load_sharded(config, model_config, tokenizer, execution, world)
-    prepared = replace(prepared, identity=world.first(lambda: identity_now(config, tokenizer, validation_rows)))
+    if not Path(config.model_name).is_dir():
+        prepared = replace(prepared, identity=world.first(lambda: identity_now(config, tokenizer, validation_rows)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
     shards = world.local_size if config.sharding == "hybrid" else world.size

@@ -38,7 +38,7 @@ def make_work(folder: Path, steps: int, layers: int) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from fixtures import TRL_TEMPLATE, WORDS, make_tokenizer
-    from lacuna.data.loader import row_order
+    from lacuna.data.split import row_order
 
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "num_attention_heads": 4}

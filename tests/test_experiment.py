@@ -462,6 +462,7 @@ NEEDS: dict[str, Settings] = {
     "epochs": {"streaming": False}, "validation_share": {"streaming": False}, "tracker_project": {"tracker": "wandb"},
     "streaming_window": {"streaming": True}, "validation_split": VALIDATED, "evaluate_every": VALIDATED,
     "keep_best": VALIDATED, "final_weights": VALIDATED, "max_restarts": {"gpus": 2},
+    "split_seed": {"validation_share": 0.5, "streaming": False},
 }  # fmt: skip
 
 

@@ -32,8 +32,8 @@ from conftest import Outcome, Run, spawn
 from fixtures import WORDS, make_model, make_tokenizer, write_chat
 from lacuna.data.chat import Renderer, Sample
 from lacuna.data.formats import Conversation
-from lacuna.data.loader import row_order
 from lacuna.data.packing import pack
+from lacuna.data.split import row_order
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, tensors_of
 from lacuna.train.kept import best_first, regular_saves, superfluous
 from lacuna.train.session import resume_command

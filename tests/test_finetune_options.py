@@ -68,6 +68,7 @@ CHANGES: dict[str, Change] = {
         "metrics", "test", {"dataset.validation_path": "splits", "dataset.validation_share": 0}
     ),
     "dataset.validation_share": Change("metrics", 0.4),
+    "dataset.split_seed": Change("metrics", 1),
     "dataset.unreadable_share": Change("metrics", 0.2, {"dataset.path": "broken.jsonl"}),
     "dataset.chat_template": Change("metrics", "other.jinja"),
     "dataset.too_long": Change("metrics", "truncate"),

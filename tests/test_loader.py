@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from lacuna.data.loader import (
     check_data_settings,
     load_rows,
     pack_samples,
-    row_order,
 )
+from lacuna.data.split import row_order
 from lacuna.data.stream import check_stream, stream
 from lacuna.errors import DataError
 
@@ -227,16 +228,53 @@ class TestLoadRows:
         assert (len(kept), len(held_out), len(kept | held_out)) == (9, 3, 12)
         assert len(rows) > 2 * 9
 
-    def test_the_validation_share_is_drawn_by_the_seed(self, tmp_path: Path) -> None:
+    def test_the_validation_share_is_the_same_whatever_varies_but_its_own_seed(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", [f"number {n}" for n in range(20)])
 
-        def held_out(seed: int) -> list[str]:
-            validation = load(pretrain(path, validation_share=0.25, seed=seed))[1]
+        def held_out(**settings: Any) -> list[str]:
+            validation = load(pretrain(path, **{"validation_share": 0.25, **settings}))[1]
             assert validation is not None
             return everything(validation)
 
-        assert held_out(1) == held_out(1)
-        assert held_out(1) != held_out(2)
+        usual = held_out()
+        assert held_out(seed=1) == held_out(seed=2) == usual
+        assert held_out(split_seed=1) == held_out(split_seed=1) != usual
+        assert set(usual) < set(held_out(validation_share=0.5))
+
+    def test_of_conversations_that_are_too_long_for_one_run_the_others_are_held_out_as_before(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "a.jsonl"
+        rows = [{"prompt": f"number {n}", "completion": "river " * (n % 8 // 7 * 40 + 1)} for n in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def held_out(length: int) -> set[str]:
+            validation = load(sft(path, validation_share=0.25, sequence_length=length))[1]
+            assert validation is not None
+            return set(everything(validation))
+
+        all_of_them, short_ones = held_out(256), held_out(32)
+        fitting = {text for text in all_of_them if "river river" not in text}
+        assert (len(all_of_them), len(short_ones)) == (10, 9)
+        assert fitting < all_of_them
+        assert short_ones <= fitting or fitting <= short_ones
+
+    @given(st.lists(st.integers(0, 8), min_size=4, max_size=60), st.integers(0, 5), st.floats(0.05, 0.9))
+    def test_copies_are_on_one_side_of_the_split(self, numbers: list[int], seed: int, share: float) -> None:
+        with TemporaryDirectory() as folder:
+            path = write_lines(Path(folder) / "a.jsonl", [f"number {n}" for n in numbers])
+            config = pretrain(path, validation_share=share, split_seed=seed, packing=False)
+            distinct, count = len(set(numbers)), max(round(share * len(set(numbers))), 1)
+            if count >= distinct:
+                assert "too few" in load_error(config)[0]
+                return
+            rows, validation, said = load(config)
+        assert validation is not None
+        kept, held_out = everything(rows), everything(validation)
+        assert sorted(kept + held_out) == sorted(f"number {n}<|endoftext|>" for n in numbers)
+        assert set(kept).isdisjoint(held_out)
+        assert len(set(held_out)) == count
+        assert not any("also in the training data" in line for line in said)
 
     def test_a_small_validation_share_is_at_least_one_document(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
@@ -247,7 +285,7 @@ class TestLoadRows:
     def test_too_few_documents_for_a_validation_share_are_refused(self, tmp_path: Path) -> None:
         path = write_lines(tmp_path / "a.jsonl", ["one"])
         assert load_error(pretrain(path, validation_share=0.5)) == [
-            "a.jsonl: 1 documents are too few to keep 50% of them for validation: "
+            "a.jsonl: 1 distinct documents are too few to keep 50% of them for validation: "
             "give --validation-dataset, or no validation"
         ]
 

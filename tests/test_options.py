@@ -27,6 +27,7 @@ SFT: dict[str, Settings] = {
     "validation_dataset": {"validation_dataset": "other.jsonl", "validation_share": "none"},
     "validation_split": {"validation_split": "test", "validation_dataset": "other.jsonl", "validation_share": "none"},
     "validation_share": {"validation_share": 0.4},
+    "split_seed": {"split_seed": 1},
     "text_column": {"text_column": "story", "dataset": "stories.jsonl"},
     "unreadable_share": {"unreadable_share": 0.2, "dataset": "broken.jsonl"},
     "output_dir": {"output_dir": "elsewhere"},

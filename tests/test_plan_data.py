@@ -155,7 +155,7 @@ def test_each_data_set_is_read_once_and_a_thousand_runs_cost_little(
     make_tokenizer().save_pretrained(copy)
     configs = {
         f"{seed} {length} {too_long}": sft(
-            name, path, seed=seed, sequence_length=length, too_long=too_long, validation_share=0.1
+            name, path, seed=seed, split_seed=seed, sequence_length=length, too_long=too_long, validation_share=0.1
         )
         for seed in range(10)
         for length in (64, 128, 256)

@@ -309,6 +309,20 @@ def test_losses_that_cannot_be_compared_are_said(
     assert not any("different data" in found for found in lacuna.report(tmp_path / "configs", "accuracy").notes)
 
 
+def test_runs_whose_validation_rows_came_from_the_seed_are_told(tmp_path: Path) -> None:
+    """Of an older lacuna, which kept no version of its preparation."""
+    of_today, of_then = {"data_preparation": "2"}, {}
+    for entry, more in zip(write_experiment(tmp_path, variables=RATES), (of_today, of_then), strict=True):
+        files = [{"use": "training", "path": "a.jsonl", "sha256": "a"}]
+        write_run(tmp_path, entry, validated(1.0), facts={"data_files": files, **more})
+    notes = lacuna.report(tmp_path / "configs").notes
+    assert notes[0].startswith("runs have their validation_loss from different data")
+    assert notes[1] == (
+        "1 run begun by an older version of lacuna, which drew the validation rows by the run's seed and could train "
+        "on copies of them (run_001): compare them with each other only; without its folder, a run is trained anew"
+    )
+
+
 DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"starts": [5]}', b'{"starts": null}', b'{"starts": [{"devices": "x"}]}']
 
 

@@ -68,6 +68,27 @@ def kill_at(process: Process, condition: Path, number: int = signal.SIGKILL) -> 
     return process.stop(number)
 
 
+def test_all_seeds_are_measured_on_the_same_documents_and_copies_are_on_one_side(
+    run: Run, settings: Settings, tmp_path: Path
+) -> None:
+    """The untrained model has one loss, whatever the seed; what `lacuna data` shows is what is trained on."""
+    rows = Path(settings["dataset"]).read_text().splitlines(keepends=True)
+    settings |= {"dataset": tmp_path / "copied.jsonl", "steps": 1, "batch_size": 4}
+    settings["dataset"].write_text("".join(rows + rows[:20]))
+    said = ""
+    for name, more in {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"split_seed": 2}}.items():
+        said = must(run("sft", **settings, **more, output_dir=tmp_path / name)).output
+        assert "also in the training data" not in said
+    first, second, other = (results(tmp_path / name)[0]["validation_loss"] for name in "abc")
+    assert first == second != other
+    shown = must(run("lacuna", "data", "--config", tmp_path / "c" / "config.toml", "--json")).output
+    parts = {part["name"]: part["documents"] for part in json.loads(shown)["parts"]}
+    for name, documents in parts.items():
+        assert f"{name}: {documents} documents" in said
+    assert sum(parts.values()) == 60
+    assert not any(found["is_held_out"] for found in json.loads(shown)["copies"])
+
+
 def test_sft_learns_and_says_so(run: Run, settings: Settings, tmp_path: Path) -> None:
     output = must(run("sft", **settings, output_dir=tmp_path / "a")).output
     losses = [line["validation_loss"] for line in results(tmp_path / "a") if "validation_loss" in line]

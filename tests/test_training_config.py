@@ -51,6 +51,7 @@ def test_the_least_config_is_a_model_data_a_folder_and_a_length() -> None:
             "evaluate_every, final_weights, keep_best, validation_split: there is no validation; "
             "give validation_dataset or validation_share",
         ),
+        ({"steps": 1, "split_seed": 7}, "split_seed decides what validation_share keeps, which is not given"),
         ({"steps": 1, "tracker_project": "p"}, "tracker_project is W&B's: it needs tracker = 'wandb'"),
         (
             {"steps": 1, "tracker": "tensorboard", "tracker_project": "p"},

@@ -33,7 +33,7 @@ def merge(run_folder: str, output: str, allow_changed_base: bool, verbose: bool)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object.")
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json: bool, verbose: bool) -> None:
-    """Show what the model will see of CONFIG's data, or of FILE... instead: the first as training data, the others as
+    """Show what the model will see of CONFIG's data, or of FILE... instead: the first as training data, others as
     validation data.
 
     Ends with 1 where a run would stop.

@@ -29,8 +29,9 @@ IN_SFT = {
     "dataset_format": "dataset.format", "dataset_subset": "dataset.subset", "dataset_split": "dataset.train_split",
     "dataset_schema": "dataset.type", "text_column": "dataset.text_field",
     "validation_dataset": "dataset.validation_path", "validation_split": "dataset.validation_split",
-    "validation_share": "dataset.validation_share", "unreadable_share": "dataset.unreadable_share",
-    "chat_template": "dataset.chat_template", "too_long": "dataset.too_long", "output_dir": "training.output_dir",
+    "validation_share": "dataset.validation_share", "split_seed": "dataset.split_seed",
+    "unreadable_share": "dataset.unreadable_share", "chat_template": "dataset.chat_template",
+    "too_long": "dataset.too_long", "output_dir": "training.output_dir",
     "sequence_length": "training.sequence_length", "packing": "training.packing",
     "micro_batch_size": "training.batch_size", "epochs": "training.num_epochs", "steps": "training.max_steps",
     "learning_rate": "training.learning_rate", "warmup_share": "training.warmup_share",
@@ -88,7 +89,9 @@ class DatasetSection(Section):
     validation_split: str = "validation"
     """Split of validation_path."""
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the samples kept for validation, drawn by the seed. 0: no validation."""
+    """Share of the distinct samples kept for validation, each with its copies. 0: no validation."""
+    split_seed: NotNegativeInt = 42
+    """Which samples validation_share keeps: the same ones whatever the seed."""
     unreadable_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of rows that may be broken; they are counted and left out. More of them stop the run."""
     chat_template: Place | None = None
@@ -110,6 +113,8 @@ class DatasetSection(Section):
             problems.append("give dataset.validation_path or dataset.validation_share, not both")
         if self.validation_path is None and self.validation_split != "validation":
             problems.append("dataset.validation_split is a split of dataset.validation_path, which is not given")
+        if not self.validation_share and self.split_seed != type(self).model_fields["split_seed"].default:
+            problems.append("dataset.split_seed decides what dataset.validation_share keeps, which is not given")
         return problems
 
 
@@ -171,7 +176,7 @@ class TrainingSection(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16: frozen weights and computation in bf16, the adapter in fp32. auto: bf16 on accelerators, fp32 on CPU."""
     seed: NotNegativeInt = 42
-    """Fixes the adapter's initial weights, split, order of the samples and dropout."""
+    """Fixes the adapter's initial weights, order of the samples and dropout."""
     logging_steps: PositiveInt = 10
     """Steps between two lines of metrics."""
     eval_steps: PositiveInt | None = None

@@ -56,7 +56,9 @@ class TrainingConfig(BaseModel):
     validation_split: str = "validation"
     """Split of validation_dataset."""
     validation_share: Share | None = None
-    """Share of the documents kept for validation, drawn by the seed."""
+    """Share of the distinct documents kept for validation, each with its copies."""
+    split_seed: Annotated[int, Field(ge=0)] = 42
+    """Which documents validation_share keeps: the same ones whatever the seed."""
     text_column: str = "text"
     """Column of plain text."""
     unreadable_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -92,7 +94,7 @@ class TrainingConfig(BaseModel):
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Fixes initial weights, split, order of the samples and dropout."""
+    """Fixes initial weights, order of the samples and dropout."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: CUDA, else MPS, else CPU."""
     gpus: PositiveInt = 1
@@ -173,6 +175,8 @@ class TrainingConfig(BaseModel):
                 problems.append(
                     f"{', '.join(unused)}: there is no validation; give validation_dataset or validation_share"
                 )
+        if self.validation_share is None and self.changed_from_default("split_seed"):
+            problems.append("split_seed decides what validation_share keeps, which is not given")
         if self.tracker_project is not None and self.tracker != "wandb":
             problems.append("tracker_project is W&B's: it needs tracker = 'wandb'")
         return problems

@@ -41,7 +41,7 @@ def find_copies(training: Part, *held_out: Part) -> list[Copies]:
     are used at all."""
     parts = [training, *held_out]
     used = [part.pieces.used for part in parts]
-    first = _first_equal(parts, used)
+    first = first_equal(parts, used)
     origins = [part.documents.origins for part in parts]
     found = []
     for index, (start, end) in enumerate(pairwise(np.cumsum([0, *map(len, used)]).tolist())):
@@ -60,7 +60,7 @@ def find_copies(training: Part, *held_out: Part) -> list[Copies]:
     return found
 
 
-def _first_equal(parts: Sequence[Part], used: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def first_equal(parts: Sequence[Part], used: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """[used documents of all parts] the number of the first one with the same tokens.
 
     Only documents whose sums are equal are compared.

@@ -30,6 +30,7 @@ from lacuna.data.documents import (
 from lacuna.data.duplicates import find_copies
 from lacuna.data.formats import find_files
 from lacuna.data.packing import pack
+from lacuna.data.split import PREPARATION, divide, row_order
 from lacuna.errors import DataError, LacunaError
 
 COUNTED = 1024
@@ -155,11 +156,6 @@ def _packed(
     )
 
 
-def row_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
-    """[rows] the order of an epoch, a pure function of its arguments."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
-
-
 def batches(
     rows: PackedRows, batch_size: int, seed: int, position: Position | None, total_rows: int | None = None
 ) -> Iterator[Batch]:
@@ -182,10 +178,12 @@ def batches(
         epoch, used = epoch + 1, 0
 
 
-def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tuple[PackedRows, PackedRows | None]:
+def load_rows(
+    config: TrainingConfig, renderer: Renderer, report: Report, preparation: str = PREPARATION
+) -> tuple[PackedRows, PackedRows | None]:
     """Read, render, check, split and pack all data of a config: training rows and validation rows.
 
-    Raises DataError with what is wrong in which file and line.
+    preparation: the version by which the run was begun. Raises DataError with what is wrong in which file and line.
     """
 
     def documents_of(source: Source) -> Documents:
@@ -193,7 +191,7 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
         refuse_unread(config, schema, source.dataset)
         return read_documents(source, schema, rows, renderer, report)
 
-    training, validation = make_parts(config, documents_of, report)
+    training, validation = make_parts(config, documents_of, report, preparation)
     for copies in find_copies(training, *([] if validation is None else [validation])):
         report(str(copies))
     rows = pack_part(training, config)
@@ -207,35 +205,20 @@ def load_rows(config: TrainingConfig, renderer: Renderer, report: Report) -> tup
 
 
 def make_parts(
-    config: TrainingConfig, documents_of: Callable[[Source], Documents], report: Report
+    config: TrainingConfig,
+    documents_of: Callable[[Source], Documents],
+    report: Report,
+    preparation: str = PREPARATION,
 ) -> tuple[Part, Part | None]:
     """What is trained on and what is held out, cut to the config's lengths but not packed. Raises DataError."""
     documents = documents_of(training_source(config))
     training = Part(documents, fit(documents, config, config.dataset, report), config.dataset)
     if config.validation_share is not None:
-        return divide(training, config.validation_share, config.seed)
+        return divide(training, config, preparation)
     if (source := validation_source(config)) is None:
         return training, None
     held_out = documents_of(source)
     return training, Part(held_out, fit(held_out, config, source.dataset, report), source.dataset)
-
-
-def divide(part: Part, share: float, seed: int) -> tuple[Part, Part]:
-    """Draw documents, with all of their pieces, for validation. Raises DataError where too few are left."""
-    kept = part.pieces.used
-    count = max(round(share * len(kept)), 1)
-    if count >= len(kept):
-        raise DataError(
-            f"{part.name}: {len(kept)} documents are too few to keep {share:.0%} of them for validation: "
-            "give --validation-dataset, or no validation"
-        )
-    held_out = np.zeros(len(part.documents), dtype=np.bool_)
-    held_out[kept[row_order(seed, 0, len(kept))[:count]]] = True
-    drawn = held_out[part.pieces.documents]
-    return (
-        Part(part.documents, part.pieces.where(~drawn), part.name),
-        Part(part.documents, part.pieces.where(drawn), "validation share"),
-    )
 
 
 def refuse_few_rows(config: TrainingConfig, rows: int) -> None:

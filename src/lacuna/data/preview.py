@@ -25,9 +25,10 @@ from lacuna.data.documents import (
 )
 from lacuna.data.duplicates import Copies, find_copies
 from lacuna.data.formats import Broken, file_kind, find_files, judge_broken
-from lacuna.data.loader import check_data_settings, divide, refuse_few_rows
+from lacuna.data.loader import check_data_settings, refuse_few_rows
 from lacuna.data.packing import count_rows
 from lacuna.data.schemas import Schema, to_examples
+from lacuna.data.split import divide
 from lacuna.errors import LacunaError
 
 STREAMED_ROWS = 10_000
@@ -128,11 +129,13 @@ def preview(config: TrainingConfig, renderer: Renderer, files: Sequence[str], sa
     """Look at the config's data, or at files instead: the first as training data, others as held out beside it."""
     found = _Collected()
     if files:
-        instead = {"dataset": files[0], "validation_dataset": None, "validation_share": None}
-        config = config.model_copy(update=instead)
+        config = config.model_copy(update={"dataset": files[0]})
+    if len(files) > 1:
+        config = config.model_copy(update={"validation_dataset": None, "validation_share": None})
         others: list[Source | None] = [replace(training_source(config), dataset=file) for file in files[1:]]
     else:
-        found.attempt(lambda: check_data_settings(config))
+        if not files:
+            found.attempt(lambda: check_data_settings(config))
         others = [validation_source(config)]
     is_stream = isinstance(config, PretrainConfig) and config.streaming
     training = _read(replace(training_source(config), streaming=is_stream), config, renderer, found)
@@ -140,8 +143,8 @@ def preview(config: TrainingConfig, renderer: Renderer, files: Sequence[str], sa
     parts = [(_part(reading, config, found), reading) for reading in readings if reading is not None]
     dropped = [len(part.documents) - len(part.pieces.used) for part, _ in parts]
     if config.validation_share is not None and training is not None:
-        share, seed, undivided = config.validation_share, config.seed, parts[0][0]
-        if (divided := found.attempt(lambda: divide(undivided, share, seed))) is not None:
+        undivided = parts[0][0]
+        if (divided := found.attempt(lambda: divide(undivided, config))) is not None:
             kept, held_out = divided
             parts = [(kept, training), (held_out, replace(training, broken=0, empty=0, unusable=[]))]
             dropped.append(0)

@@ -20,8 +20,9 @@ from lacuna.data.chat import Renderer, Sample, Unusable
 from lacuna.data.documents import Report, pieces
 from lacuna.data.formats import Broken, Row, Text, find_files, read_file, within_limit
 from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
-from lacuna.data.loader import Batch, PackedRows, Place, Position, pack_samples, row_order
+from lacuna.data.loader import Batch, PackedRows, Place, Position, pack_samples
 from lacuna.data.schemas import Schema, detect_schema, to_examples
+from lacuna.data.split import row_order
 from lacuna.errors import DataError
 
 STREAMING_CHUNK = 64

@@ -39,7 +39,7 @@ from lacuna.train.planned import after_out_of_memory, memory_line, planned_step,
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.record import identity_now, record_model, record_start
 from lacuna.train.records import open_log
-from lacuna.train.session import check_disk, find_checkpoint, resume_command, supervise
+from lacuna.train.session import check_disk, find_checkpoint, preparation_now, resume_command, supervise
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import open_tracker
 
@@ -122,14 +122,15 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Read and tokenise the data, and find the checkpoint to go on from."""
     renderer = Renderer(tokenizer)
+    preparation = world.first(lambda: preparation_now(flat, folder))
     rows, validation_rows = load_once(
-        world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)))
+        world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)), preparation)
     )
     total_steps = count_steps(flat, len(rows))
     world.agreed(lambda: check_warmup(flat, total_steps))
     fingerprint = rows.fingerprint()
     settings, precision = config.settings(world.size), str(execution.dtype)
-    identity = world.first(lambda: identity_now(flat, tokenizer, validation_rows))
+    identity = world.first(lambda: identity_now(flat, preparation, tokenizer, validation_rows))
     found = world.first(
         lambda: find_checkpoint(config, flat, folder, settings, fingerprint, identity, precision, console)
     )
@@ -150,8 +151,9 @@ def _finetune(
     record_start(config, flat, prepared, command, given)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
     if not Path(flat.model_name).is_dir():
-        held_out = prepared.validation_rows
-        prepared = replace(prepared, identity=world.first(lambda: identity_now(flat, tokenizer, held_out)))
+        held_out, preparation = prepared.validation_rows, prepared.identity["data preparation"]["version"]
+        identity = world.first(lambda: identity_now(flat, preparation, tokenizer, held_out))
+        prepared = replace(prepared, identity=identity)
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))

@@ -6,6 +6,7 @@ cutting, dividing and packing it is worked out once.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
@@ -101,6 +102,8 @@ def _silent(_: str) -> None:
 def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], found: Callable[[str], None]) -> Counts:
     from lacuna.data.documents import Documents, Source, refuse_unread, training_source, validation_source
     from lacuna.data.loader import make_parts, refuse_few_rows
+    from lacuna.data.split import PREPARATION
+    from lacuna.runs.identity import preparation_of
     from lacuna.train.optimizer import check_warmup, count_steps
 
     sft = config if isinstance(config, SFTConfig) else None
@@ -115,9 +118,13 @@ def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], f
     sources = (training_source(config), validation_source(config))
     for source in filter(None, sources):
         documents_of(source)
-    seed = config.seed if config.validation_share else None
-    cut = (sft and sft.too_long, config.sequence_length, config.validation_share, seed, config.packing)
-    facts = once((renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, found), config))
+    preparation = preparation_of(Path(config.output_dir).expanduser(), config.resume) or PREPARATION
+    drawn_by = (config.split_seed, preparation, config.seed if preparation == "1" else None)
+    held_out = (config.validation_share, drawn_by) if config.validation_share else None
+    cut = (sft and sft.too_long, config.sequence_length, held_out, config.packing)
+    facts = once(
+        (renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, found, preparation), config)
+    )
     refuse_few_rows(config, facts["rows"])
     steps = count_steps(config, facts["rows"])
     check_warmup(config, steps)

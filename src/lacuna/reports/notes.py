@@ -9,10 +9,12 @@ from lacuna.reports.metric import VALIDATION, is_loss
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
-from lacuna.runs.identity import CHANGED
+from lacuna.runs.identity import CHANGED, FIRST_PREPARATION
 
 SAME_SHARE = 0.01
 """Tokens or steps of two arms that differ by less are the same: the order of the data alone does that."""
+DRAWN_BY = ("validation_share", "split_seed")
+"""Settings by which a part of the data is kept for validation."""
 BUDGETS = {
     "tokens": "tokens trained on",
     "steps": "optimizer steps",
@@ -37,7 +39,9 @@ def notes_of(
             f"{counted(len(changed), 'finished run')} made of something else than is there now ({some([*names], ', ')} "
             "changed since): the numbers are those of then; `lacuna run --again` trains them anew"
         )
-    yield from _incomparable([run for run in runs if metric in run.metrics], metric)
+    measured = [run for run in runs if metric in run.metrics]
+    yield from _incomparable(measured, metric)
+    yield from _older_split(measured, metric)
     if lost := [run.id for run in runs if run.state == "finished" and metric not in run.metrics]:
         yield f"{counted(len(lost), 'finished run')} without a number for {metric}, not counted: {some(lost, ', ')}"
     if len({frozenset(arm.by_seed) for arm in arms if arm.by_seed}) > 1:
@@ -80,11 +84,32 @@ def _incomparable(runs: Sequence[RunResult], metric: str) -> Iterator[str]:
 
 
 def _measured_on(run: RunResult, metric: str) -> tuple[str, ...]:
-    """The data of a run's metric: hashes of its files, and the share of them that was kept for validation."""
-    entries = run.facts.get("data_files") or []
-    own = [entry for entry in entries if entry.get("use") == "validation"] if metric == VALIDATION else []
-    shares = [f"{name}={value}" for name, value in run.settings.items() if name.endswith("validation_share")]
-    return (*(known or name for name, known in map(_input, own or entries)), *shares)
+    """The data of a run's metric: hashes of its files, and how the part of them that is held out was drawn."""
+    entries = _held_out(run) if metric == VALIDATION else []
+    drawn = [f"{name}={value}" for name, value in run.settings.items() if name.endswith(DRAWN_BY)]
+    if metric == VALIDATION and not entries:
+        drawn.append(f"preparation={_preparation(run)}")
+    return (*(known or name for name, known in map(_input, entries or run.facts.get("data_files") or [])), *drawn)
+
+
+def _held_out(run: RunResult) -> list[Mapping[str, Any]]:
+    """The files that are there for validation alone."""
+    return [entry for entry in run.facts.get("data_files") or [] if entry.get("use") == "validation"]
+
+
+def _preparation(run: RunResult) -> str:
+    return str(run.facts.get("data_preparation", FIRST_PREPARATION))
+
+
+def _older_split(runs: Sequence[RunResult], metric: str) -> Iterator[str]:
+    """Whose validation rows came from the seed, and had copies on both sides."""
+    shares = [run for run in runs if metric == VALIDATION and run.facts.get("data_files") and not _held_out(run)]
+    if older := [run.id for run in shares if _preparation(run) == FIRST_PREPARATION]:
+        yield (
+            f"{counted(len(older), 'run')} begun by an older version of lacuna, which drew the validation rows by the "
+            f"run's seed and could train on copies of them ({some(older, ', ')}): compare them with each other only; "
+            "without its folder, a run is trained anew"
+        )
 
 
 def _surroundings(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

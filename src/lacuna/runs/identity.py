@@ -15,8 +15,8 @@ from typing import Any
 from lacuna.runs.folder import starts_of, write_whole
 from lacuna.runs.hashing import sha256_of
 
-PREPARATION = "1"
-"""Raised where the same data and settings give other rows than the version of lacuna before."""
+FIRST_PREPARATION = "1"
+"""Of the data, before checkpoints told by which version they were prepared."""
 Identity = dict[str, dict[str, str]]
 """Part of the run → the files or values that it consists of → the hash of each."""
 KEPT_HASHES = 1000
@@ -28,7 +28,7 @@ SETTLED_SECONDS = 2.0
 
 def identity_of(facts: Mapping[str, Any], validation: str | None) -> Identity:
     """facts: of provenance.json. validation: fingerprint of the rows that are held out; None without."""
-    parts: Identity = {"data preparation": {"version": PREPARATION}}
+    parts: Identity = {"data preparation": {"version": facts["data_preparation"]}}
     for part, files in (("base model", "model_files"), ("tokenizer", "tokenizer_files")):
         entries = facts.get(files) or []
         parts[part] = {Path(entry["path"]).name: entry["sha256"] for entry in entries}
@@ -42,6 +42,20 @@ def identity_of(facts: Mapping[str, Any], validation: str | None) -> Identity:
     if streamed:
         parts["streamed data"] = {entry["path"]: f"{entry['bytes']} bytes of {entry['modified']}" for entry in streamed}
     return {part: values for part, values in parts.items() if values}
+
+
+def preparation_of(folder: Path, resume: str) -> str | None:
+    """The version of data preparation that a run was begun with; None where it begins now.
+
+    resume: auto, never or a checkpoint, as it holds for this start.
+    """
+    if resume == "never":
+        return None
+    for checkpoint in sorted(folder.glob("checkpoints/step-*")) if resume == "auto" else [Path(resume)]:
+        with suppress(OSError, ValueError):
+            identity = json.loads((checkpoint / "state.json").read_bytes()).get("identity", {})
+            return str(identity.get("data preparation", {}).get("version", FIRST_PREPARATION))
+    return None
 
 
 def differences(before: Identity, now: Identity) -> list[str]:

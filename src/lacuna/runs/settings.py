@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lacuna.config.files import check, merge_layers, read_layer
+from lacuna.config.files import check, field_at, merge_layers, read_layer, setting_paths
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.experiment.parameters import find_path
@@ -45,6 +45,11 @@ def difference(
 
 def _settings_under(path: str, settings: Iterable[str]) -> list[str]:
     return [name for name in settings if name == path or name.startswith(f"{path}.")]
+
+
+def with_defaults(kind: type[TrainingConfig | FinetuneConfig], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its settings, and of those that its version of lacuna did not have their defaults."""
+    return {**{path: field_at(kind, path).default for path in setting_paths(kind)}, **before}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str]) -> str:

@@ -39,6 +39,7 @@ def record_start(
         "config_sha256": write_config(prepared.folder, config),
         **data_facts(flat),
         "data_sha256": prepared.fingerprint,
+        "data_preparation": prepared.identity["data preparation"]["version"],
         **tokenizer_facts(flat, tokenizer.name_or_path),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
         **hardware(execution.device, prepared.world.size, torch.version.cuda),
@@ -53,7 +54,9 @@ def record_start(
     write_provenance(prepared.folder, command, facts)
 
 
-def identity_now(flat: TrainingConfig, tokenizer: Any, validation_rows: PackedRows | None) -> Identity:
+def identity_now(
+    flat: TrainingConfig, preparation: str, tokenizer: Any, validation_rows: PackedRows | None
+) -> Identity:
     """Of what the run is made, as it is on the disk; the commit of a hub model is known once that was loaded."""
     is_streamed = isinstance(flat, PretrainConfig) and flat.streaming
     facts = {
@@ -61,6 +64,7 @@ def identity_now(flat: TrainingConfig, tokenizer: Any, validation_rows: PackedRo
         **tokenizer_facts(flat, tokenizer.name_or_path),
         **model_facts(flat),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
+        "data_preparation": preparation,
     }
     return identity_of(facts, None if validation_rows is None else validation_rows.fingerprint())
 

@@ -16,12 +16,13 @@ from rich.console import Console
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.data.split import PREPARATION
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, OtherInputsError, RunError
 from lacuna.runs.final import damage_of_final
 from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_folder, starts_of, write_status
-from lacuna.runs.identity import Identity, changed_inputs, differences
+from lacuna.runs.identity import Identity, changed_inputs, differences, preparation_of
 from lacuna.runs.metrics import read_metrics, validation_losses
-from lacuna.runs.settings import changes, difference, has_run
+from lacuna.runs.settings import changes, difference, has_run, with_defaults
 from lacuna.train.checkpoint import read_state
 from lacuna.train.distributed import World
 from lacuna.train.kept import damage, free_name, newest_whole
@@ -203,6 +204,11 @@ def resume_now(flat: TrainingConfig, folder: Path) -> str:
     return "auto" if began and (flat.resume != "never" or is_restart) else flat.resume
 
 
+def preparation_now(flat: TrainingConfig, folder: Path) -> str:
+    """The version by which the data are prepared: a run goes on as it was begun."""
+    return preparation_of(folder, resume_now(flat, folder)) or PREPARATION
+
+
 def check_resume_path(flat: TrainingConfig) -> None:
     """Raises RunError where the checkpoint to resume from is not there."""
     if flat.resume not in ("auto", "never") and not (Path(flat.resume) / "manifest.json").is_file():
@@ -242,7 +248,8 @@ def find_checkpoint(
     state = read_state(found)
     if (trainer := state.config.get("trainer")) != settings["trainer"]:
         raise RunError(f"{found} is a checkpoint of a {trainer} run, this is {settings['trainer']}")
-    refuse_other_settings(state.config, settings, config.may_change, f"the checkpoint {found}")
+    before = with_defaults(type(config), state.config)
+    refuse_other_settings(before, settings, config.may_change, f"the checkpoint {found}")
     different = differences(state.identity, identity)
     if state.data != fingerprint:
         files = changed_inputs((starts_of(folder) or [{}])[-1])

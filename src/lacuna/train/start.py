@@ -24,6 +24,7 @@ from lacuna.train.session import (
     check_disk,
     check_resume_path,
     find_checkpoint,
+    preparation_now,
     resume_command,
     supervise,
     together,
@@ -80,6 +81,7 @@ def _train(
     device = world.agreed(lambda: choose_device(config.device))
     tokenizer, model_config, execution = world.agreed(lambda: check_before(config, device, console.print, world))
     renderer = Renderer(tokenizer)
+    preparation = world.first(lambda: preparation_now(config, folder))
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:
         if config.validation_dataset is not None:
@@ -88,12 +90,12 @@ def _train(
             of_validation = config.model_copy(update=alone)
             validation_rows, _ = load_once(world, lambda: load_rows(of_validation, renderer, console.print))
     else:
-        rows, validation_rows = load_once(world, lambda: load_rows(config, renderer, console.print))
+        rows, validation_rows = load_once(world, lambda: load_rows(config, renderer, console.print, preparation))
     total_steps = count_steps(config, len(rows or []))
     world.agreed(lambda: check_warmup(config, total_steps))
     fingerprint = rows.fingerprint() if rows is not None else stream_fingerprint(config, tokenizer)
     precision = str(execution.dtype)
-    identity = world.first(lambda: identity_now(config, tokenizer, validation_rows))
+    identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
     found = world.first(
         lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, identity, precision, console)
     )
@@ -106,7 +108,8 @@ def _train(
     else:
         model = load_sharded(config, model_config, tokenizer, execution, world)
     if not Path(config.model_name).is_dir():
-        prepared = replace(prepared, identity=world.first(lambda: identity_now(config, tokenizer, validation_rows)))
+        identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
+        prepared = replace(prepared, identity=identity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
     shards = world.local_size if config.sharding == "hybrid" else world.size

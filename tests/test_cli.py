@@ -46,7 +46,7 @@ TORCH_FREE = [
     "lacuna.runs.replay", "lacuna.runs.torchtune_facts", "lacuna.runs.torchtune_log",
     "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
     "lacuna.plan.known_models", "lacuna.plan.shape", "lacuna.plan.torchtune",
-    "lacuna.runs.final", "lacuna.runs.hashing", "lacuna.runs.identity",
+    "lacuna.runs.card", "lacuna.runs.final", "lacuna.runs.hashing", "lacuna.runs.identity",
     "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
     "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
     "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",

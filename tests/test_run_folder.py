@@ -306,6 +306,16 @@ def test_replay_says_what_has_changed(runs: Path, home: Path, run: Run) -> None:
         "data gone.jsonl: was s, is not found here", "data chat.jsonl: was not there",
     ):  # fmt: skip
         assert line in done.output
+    other = {**start, "python": "2.0", "from_step": 2}
+    write_json(folder / "provenance.json", {"starts": [start, {**start, "python": "1.0"}, other]})
+    said = run("lacuna", "replay", folder).output
+    assert "python: was 3.0" not in said, "the run began again behind this start"
+    for line in (r"python: was 1\.0, is \S+ \(start 1 of 2\)", r"python: was 2\.0, is \S+ \(start 2 of 2\)"):
+        assert re.search(line, said), said
+    assert f"package torch: was 1.0, is {torch} (start" not in said
+    write_json(folder / "provenance.json", {"starts": [{**other, "resume": "runs/x/checkpoints/step-00000002"}]})
+    said = run("lacuna", "replay", folder).output
+    assert "the first 2 steps are another run's: it began from runs/x/checkpoints/step-00000002" in said
     (home / "chat.jsonl").rename(home / "elsewhere.jsonl")
     assert "the config cannot be used here: chat.jsonl: no such file" in run("lacuna", "replay", folder).output
     (home / "elsewhere.jsonl").rename(home / "chat.jsonl")
@@ -473,6 +483,20 @@ def test_a_torchtune_run_begun_again_is_the_same_to_the_bit_and_not_mixed_up(tun
     assert len(starts_of(folder)) == 2
     assert len(list((folder / "logs").glob("log_*.txt"))) == 1
     assert "already finished" in start(tune, "lora", 0).wait()
+
+
+def test_damaged_final_weights_of_torchtune_are_made_again_or_refused(tune: Path) -> None:
+    folder = tune / "runs" / "lora" / "run_001"
+    (file,) = (folder / "final").glob("*.safetensors")
+    kept = file.read_bytes()
+    file.unlink()
+    assert f"is damaged ({file.name} is missing): it is made again from the last epoch" in start(tune, "lora", 1).wait()
+    assert file.read_bytes() == kept
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))  # the epoch's file is the same one
+    said = start(tune, "lora", 1).wait()
+    assert f"{file.name} has changed since it was written, and so is the last epoch's folder" in said
+    file.write_bytes(kept)
+    assert "already finished" in start(tune, "lora", 1).wait()
 
 
 def test_torchtune_without_a_step_is_a_failed_run(tune: Path, capfd: pytest.CaptureFixture[str]) -> None:

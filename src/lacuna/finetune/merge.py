@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lacuna.data.chat import Renderer
 from lacuna.errors import ChangedBaseError, ModelError, RunError
+from lacuna.runs.card import merged_card
 from lacuna.runs.final import refuse_damaged_final
 from lacuna.runs.identity import changed_base
 from lacuna.train.final import new_folder
@@ -62,10 +63,14 @@ def merge(run_folder: str, output: str, allow_changed_base: bool = False) -> str
         if not all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items()):
             raise RunError(f"--output {output}: the files hold other weights than were written; is the disk sound?")
         rounding = relative(logits_of(found.float(), tokens), expected)
-    return (
-        f"merged: {target}; its logits differ from base plus adapter by {difference:.1e} of the largest, "
-        f"in {str(dtype).removeprefix('torch.')} by {rounding:.1e}"
-    )
+        proof = (
+            f"its logits differ from base plus adapter by {difference:.1e} of the largest, "
+            f"in {str(dtype).removeprefix('torch.')} by {rounding:.1e}"
+        )
+        base = with_adapter.active_peft_config.base_model_name_or_path
+        card = merged_card(adapter, base, proof, tokenizer.chat_template is not None)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return f"merged: {target}; {proof}"
 
 
 def load_base(adapter: Path) -> tuple[Any, torch.dtype, Any]:

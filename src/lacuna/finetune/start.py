@@ -25,13 +25,14 @@ from lacuna.finetune.checks import (
     own_words,
 )
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
+from lacuna.runs.card import card_of
 from lacuna.runs.final import entries_of
 from lacuna.runs.folder import write_status
 from lacuna.runs.provenance import config_facts
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights
 from lacuna.train.distributed import World, join, load_once
 from lacuna.train.final import new_folder
-from lacuna.train.kept import Regular, best_checkpoint, regular_saves
+from lacuna.train.kept import Regular, best_checkpoint, regular_saves, step_of
 from lacuna.train.loop import Prepared
 from lacuna.train.model import Execution, prove_loss
 from lacuna.train.optimizer import check_warmup, count_steps
@@ -224,11 +225,13 @@ def open_written(
 
 def write_final(flat: SFTConfig, model: Any, prepared: Prepared, regular: Regular, console: Console) -> None:
     """The adapter as plain PEFT loads it, of the last step or of the best one, whole or not at all."""
-    folder = prepared.folder
+    folder, step = prepared.folder, prepared.total_steps
     if flat.final_weights == "best" and (best := best_checkpoint(folder / "checkpoints", regular)) is not None:
         restore_weights(best, model)
+        step = step_of(best)
         console.print(f"final weights: {best}")
     final, steps = folder / "final", prepared.total_steps
     with new_folder(final) as partial:
         save_adapter(model, prepared.tokenizer, partial)
+        (partial / "README.md").write_text(card_of(folder, step), encoding="utf-8")
     write_status(folder, "finished", steps, steps, final=entries_of(final))

@@ -15,7 +15,7 @@ from typing import IO, Any
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError, RunError
 from lacuna.launch.child import LOOK_SECONDS, SIGNALS, TAIL_CHUNKS, Asked, run_watched
-from lacuna.runs.final import sync
+from lacuna.runs.final import damage_of_final, entries_of, sync
 from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status, write_whole
 from lacuna.runs.logs import last_words
 from lacuna.runs.metrics import MetricsLog
@@ -48,6 +48,7 @@ def run_torchtune(
         is_finished = (read_status(folder) or {}).get("state") == "finished"
         _refuse_other_config(folder, content, is_finished)
         if is_finished:
+            _mend_final(folder)
             print(f"already finished: {folder}")
             return 0
         values, _ = parse_yaml(content.decode(), str(config))
@@ -65,13 +66,27 @@ def run_torchtune(
             write_status(folder, "running", 0, None)
             code, errors = _watch(words, record.take)
         state, reason = _ending(code, errors, record, is_shipped=not recipe_of(words).endswith(".py"))
+        why: dict[str, Any] = {"reason": reason} if reason else {}
         if state == "finished":
             write_final(folder)
-        why = {"reason": reason} if reason else {}
+            why["final"] = entries_of(folder / "final")
         write_status(folder, state, record.step, record.total_steps, **record.shown, **why)
     if state == "failed" and code == 0:
         print(f"error: {reason}", file=sys.stderr)
     return code or int(state == "failed")
+
+
+def _mend_final(folder: Path) -> None:
+    """Raises RunError where the last epoch's files do not make the final folder again as it was."""
+    if (damage := damage_of_final(folder)) is None:
+        return
+    print(f"warning: {folder / 'final'} is damaged ({damage}): it is made again from the last epoch")
+    write_final(folder)
+    if (still := damage_of_final(folder)) is not None:
+        raise RunError(
+            f"{folder / 'final'}: damaged: {still}, and so is the last epoch's folder, if it is there: restore them, "
+            f"or move {folder} away to train anew"
+        )
 
 
 def _refuse_other_config(folder: Path, content: bytes, is_finished: bool) -> None:

@@ -32,10 +32,10 @@ PACKAGES = (
     "bitsandbytes", "flash-attn", "triton", "torchtune", "torchao",
 )  # fmt: skip
 FIELDS = (
-    "time", "command", "trainer", "recipe", "resume", "packages", "python", "platform", "git", "lacuna_git",
-    "config_files", "config_sha256", "experiment", "data_files", "data_sha256", "tokenizer", "tokenizer_sha256",
-    "tokenizer_files", "chat_template_sha256", "model", "model_revision", "model_commit", "initialise",
-    "model_files", "weights_fingerprint",
+    "time", "command", "trainer", "recipe", "resume", "from_step", "packages", "python", "platform", "git",
+    "lacuna_git", "config_files", "config_sha256", "experiment", "data_files", "data_sha256", "data_preparation",
+    "tokenizer", "tokenizer_sha256", "tokenizer_files", "chat_template_sha256", "model", "model_revision",
+    "model_commit", "initialise", "model_files", "weights_fingerprint",
     "parent_run", "parameters", "trained_parameters", "device", "device_memory", "devices", "cpu", "cores",
     "host_memory", "cuda", "driver", "precision", "attention", "compile", "activation_checkpointing", "seed",
     "total_steps", "slurm",
@@ -298,4 +298,4 @@ def weights_fingerprint(folder: Path) -> str:
 def without_home(text: str) -> str:
     """The home folder, which names the user, as `~`."""
     home = str(Path.home())
-    return re.sub(rf"(?<![^=:]){re.escape(home)}(?=/|$)", "~", text) if home != "/" else text
+    return re.sub(rf'(?<![^=:"]){re.escape(home)}(?=[/"]|$)', "~", text) if home != "/" else text

@@ -1,9 +1,10 @@
 """A run's config as it was, and what has changed around it since. Nothing here imports torch."""
 
 import hashlib
+import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ NEEDED = ("trainer", "command", "experiment", "config_files", "device", "tokeniz
 
 @dataclass(frozen=True)
 class Replay:
-    """name: of the config; kept: where the run folder has it, or its values. differences: a line each.
+    """name: of the config; kept: where the run folder has it, or its values. differences: a line each, from the starts
+    that made the weights.
 
     start: the last one in provenance.json.
     """
@@ -48,20 +50,40 @@ def replay(run: str | Path) -> Replay:
     kept = next((file for name in ("config.toml", "config.yaml") if (file := folder / name).is_file()), None)
     if kept is None:
         raise RunError(f"{run}: not a run folder: there is neither config.toml nor config.yaml in it")
-    start: dict[str, Any] = (starts_of(folder) or [{}])[-1]
+    starts = starts_that_made_it(starts_of(folder)) or [{}]
+    start: dict[str, Any] = starts[-1]
     if start.get("config_sha256") is None:
         raise RunError(f"{folder / 'provenance.json'}: holds no hash of the config, so nothing proves it is the run's")
-    if missing := [name for name in NEEDED if name not in start]:
+    if missing := [name for name in NEEDED if any(name not in one for one in starts)]:
         raise RunError(f"{folder / 'provenance.json'}: says nothing of {', '.join(missing)}: it cannot be compared")
     content = kept.read_bytes()
     if hashlib.sha256(content).hexdigest() != start["config_sha256"]:
         raise RunError(f"{kept}: was edited since the run started: its SHA-256 is not {start['config_sha256']}")
     config, name, notes = (content, kept.name, []) if kept.suffix == ".yaml" else _as_given(kept, content, start)
+    if (from_step := starts[0].get("from_step") or 0) > 0:
+        notes = [*notes, f"the first {from_step:,} steps are another run's: it began from {start['resume']}"]
     try:
-        differences = _differences(start, _facts_now(kept, start))
+        differences = _over_starts(starts, _facts_now(kept, start))
     except LacunaError as error:
         differences = [f"the config cannot be used here: {problem}" for problem in error.problems]
     return Replay(config, name, kept, notes, differences, start)
+
+
+def starts_that_made_it(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of which steps are in the weights: a later one that went on from before their first step undid them.
+
+    torchtune begins again with every start. Older starts do not tell from where they went on: they all count.
+    """
+    if starts and starts[-1].get("trainer") == "torchtune":
+        return list(starts[-1:])
+    made: list[dict[str, Any]] = []
+    reached: float = math.inf
+    for start in reversed(starts):
+        from_step = start.get("from_step")
+        if from_step is None or from_step < reached:
+            made.insert(0, start)
+            reached = reached if from_step is None else from_step
+    return made
 
 
 def _as_given(kept: Path, content: bytes, start: Mapping[str, Any]) -> tuple[bytes, str, list[str]]:
@@ -104,6 +126,19 @@ def device_like(name: str) -> Device:
     """The device that is here of the kind by this name, without torch."""
     kind = {"CPU": "cpu", "Apple GPU (MPS)": "mps"}.get(name, "cuda")
     return torchtune_device({"device": kind})
+
+
+def _over_starts(starts: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
+    """A line that is not true of all starts says of which."""
+    found: dict[str, list[int]] = {}
+    for number, start in enumerate(starts, 1):
+        for line in _differences(start, now):
+            found.setdefault(line, []).append(number)
+    return [line + _of_starts(numbers, len(starts)) for line, numbers in found.items()]
+
+
+def _of_starts(numbers: Sequence[int], total: int) -> str:
+    return "" if len(numbers) == total else f" (start {', '.join(map(str, numbers))} of {total})"
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -22,13 +22,14 @@ from lacuna.data.collate import MicroBatch, collate
 from lacuna.data.loader import Batch, PackedRow, PackedRows, batches
 from lacuna.data.stream import stream
 from lacuna.errors import Interrupted, NonFiniteLossError
+from lacuna.runs.card import card_of
 from lacuna.runs.final import entries_of
 from lacuna.runs.folder import write_status
 from lacuna.runs.identity import Identity
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, restore_weights, tensors_of
 from lacuna.train.distributed import World, free_gathered, full_weights, sum_over_nodes, whole
 from lacuna.train.final import new_folder
-from lacuna.train.kept import best_checkpoint, regular_saves
+from lacuna.train.kept import best_checkpoint, regular_saves, step_of
 from lacuna.train.metrics import Window, model_flops
 from lacuna.train.model import (
     Execution,
@@ -160,10 +161,12 @@ def train_steps(
                     write_status(folder, "running", step, total_steps, loss=loss_value, tokens_per_second=speed)
                 window = Window()
         writer.wait()
+    final_step = total_steps
     if config.final_weights == "best" and (best := world.first(lambda: best_checkpoint(checkpoints, regular))):
         restore_weights(best, model.causal_lm)
+        final_step = step_of(best)
         console.print(f"final weights: {best}")
-    write_final(model, prepared)
+    write_final(model, prepared, final_step)
 
 
 def next_batch(source: Iterator[Batch], stop: StopRequest) -> Batch | None:
@@ -267,8 +270,11 @@ def peak_memory(execution: Execution) -> dict[str, float]:
     return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def write_final(model: LossModel, prepared: Prepared) -> None:
-    """A plain Hugging Face folder, in the precision of the computation, and the status of a finished run."""
+def write_final(model: LossModel, prepared: Prepared, step: int) -> None:
+    """A plain Hugging Face folder, in the precision of the computation, and the status of a finished run.
+
+    step: of the weights.
+    """
     nn.Module.to(model.causal_lm, prepared.execution.dtype)
     weights = full_weights(model.causal_lm, prepared.world) if prepared.world.size > 1 else None
 
@@ -277,6 +283,7 @@ def write_final(model: LossModel, prepared: Prepared) -> None:
         with new_folder(final) as partial:
             model.causal_lm.save_pretrained(partial, state_dict=weights)
             prepared.tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card_of(prepared.folder, step), encoding="utf-8")
         steps = prepared.total_steps
         write_status(prepared.folder, "finished", steps, steps, final=entries_of(final))
 

@@ -22,6 +22,7 @@ from lacuna.runs.provenance import (
     tokenizer_facts,
     write_provenance,
 )
+from lacuna.train.kept import step_of
 from lacuna.train.loop import Prepared
 
 
@@ -50,6 +51,7 @@ def record_start(
         "total_steps": prepared.total_steps,
         "slurm": slurm_facts(os.environ),
         "resume": flat.resume,
+        "from_step": 0 if prepared.resume_from is None else step_of(prepared.resume_from),
     }
     write_provenance(prepared.folder, command, facts)
 

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install torchtune quickstart test test-uv test-processors lint coverage bench memory
+.PHONY: install torchtune quickstart test test-uv test-long test-processors lint coverage bench memory
 
 NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_memory.py tests/test_training.py \
 	tests/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
@@ -31,10 +31,14 @@ quickstart: install
 	$(BIN)/lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_uv.py
+	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_uv.py --ignore tests/long
 
 test-uv: install
 	$(BIN)/pytest tests/test_uv.py
+
+# Random trials; LACUNA_TORTURE=word makes others of them.
+test-long: install
+	$(BIN)/pytest --numprocesses 2 tests/long
 
 # Without bf16 units, without AVX-512, without AVX; with several threads. Not torch.compile: its cache of kernels does
 # not tell ATEN_CPU_CAPABILITY apart, and one that was made for AVX-512 never ends when it is compiled for AVX2.

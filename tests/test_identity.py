@@ -16,11 +16,12 @@ from conftest import Run, flags, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
+from lacuna.runs.card import card_of
 from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from lacuna.train.final import new_folder
-from lacuna.train.kept import manifest_text
+from lacuna.train.kept import damage, manifest_text
 from lacuna.train.session import is_of_folder
 
 Settings = dict[str, Any]
@@ -428,3 +429,26 @@ def test_an_error_of_the_run_folder_is_told_from_others(tmp_path: Path) -> None:
     assert is_of_folder(OSError(5, "Input/output error"), tmp_path)
     assert is_of_folder(OSError(24, "Too many open files", "/elsewhere"), tmp_path)
     assert not is_of_folder(OSError(2, "No such file or directory"), tmp_path)
+
+
+def test_what_a_run_folder_has_lost_is_made_up_for_or_named(run: Run, settings: Settings, here: Path) -> None:
+    settings |= {"steps": 3000}
+    stopped("sft", *flags(**settings))
+    config, manifest = Path("out/config.toml"), next(Path("out").glob("checkpoints/*/manifest.json"))
+    kept = config.read_bytes(), manifest.read_bytes()
+    config.write_bytes(b"")
+    outcome = run("sft", **settings)
+    assert (outcome.code, "out/config.toml: names no trainer: it is damaged" in outcome.output) == (2, True)
+    config.write_bytes(kept[0])
+    manifest.write_text("null")
+    assert damage(manifest.parent) == "manifest.json is missing or damaged"
+    manifest.write_bytes(kept[1])
+    Path("out/status.json").unlink()
+    Path("out/.status.json.99.partial").write_text("half")
+    process = spawn("sft", *flags(**settings))
+    process.wait_until(lambda: "resuming from" in process.output())
+    process.stop(signal.SIGTERM)
+    assert not Path("out/.status.json.99.partial").exists()
+    Path("out/provenance.json").unlink()
+    with pytest.raises(RunError, match=r"provenance\.json: was taken away while the run went on; start it again"):
+        card_of(Path("out"), 2)

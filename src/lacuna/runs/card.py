@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.yaml_format import dump_yaml
+from lacuna.errors import RunError
 from lacuna.runs.folder import starts_of
 from lacuna.runs.identity import FIRST_PREPARATION
 from lacuna.runs.metrics import validation_losses
@@ -45,10 +46,14 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200)[0]))
 def card_of(folder: Path, step: int) -> str:
     """Of the weights that a run has at a step: what they are, what they were made of, and how they are loaded.
 
-    folder: of the run, in which config.toml, provenance.json and metrics.jsonl are there already.
+    folder: of the run, in which config.toml, provenance.json and metrics.jsonl are there already. Raises RunError where
+    nothing says any more how it was started.
     """
-    start = starts_of(folder)[-1]
     config = without_home((folder / "config.toml").read_text())
+    starts = starts_of(folder)
+    if not starts:
+        raise RunError(f"{folder / 'provenance.json'}: was taken away while the run went on; start it again")
+    start = starts[-1]
     is_adapter = start["trainer"] == "finetune"
     facts = {
         "made by": f"lacuna {start['packages'].get('lacuna')}, `{start['trainer']}`",

@@ -85,6 +85,8 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
+        for leftover in folder.glob(".*.*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         yield
 
 
@@ -108,6 +110,8 @@ def is_held(folder: Path) -> bool:
 def refuse_foreign_folder(folder: Path) -> None:
     """Raise RunError where the folder holds something that is not a run: nothing of it may be mixed up or lost."""
     if not folder.exists() or (folder / "status.json").exists():
+        return
+    if (folder / "provenance.json").exists() and any(folder.glob("config.*")):  # a run that has lost its status
         return
     if not folder.is_dir():
         raise RunError(f"output_dir {folder} is a file")

@@ -52,7 +52,7 @@ def preparation_of(folder: Path, resume: str) -> str | None:
     if resume == "never":
         return None
     for checkpoint in sorted(folder.glob("checkpoints/step-*")) if resume == "auto" else [Path(resume)]:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             identity = json.loads((checkpoint / "state.json").read_bytes()).get("identity", {})
             return str(identity.get("data preparation", {}).get("version", FIRST_PREPARATION))
     return None

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from lacuna.config.files import check, field_at, merge_layers, read_layer, setting_paths
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.errors import ConfigError
 from lacuna.experiment.parameters import find_path
 from lacuna.runs.folder import starts_of
 from lacuna.runs.metrics import read_metrics
@@ -35,6 +36,10 @@ def difference(
     Raises ConfigError where the folder's config.toml cannot be read.
     """
     trainer, found = config.model_dump()["trainer"], read_layer(folder / "config.toml").values.get("trainer")
+    if found is None:
+        raise ConfigError(
+            f"{folder / 'config.toml'}: names no trainer: it is damaged; restore it, or choose another folder"
+        )
     if found != trainer:
         return f"output_dir {folder} holds a {found} run"
     before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices") or 1)

@@ -62,7 +62,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         text = (checkpoint / "manifest.json").read_text()
         files = json.loads(text)["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError):
         return "manifest.json is missing or damaged"
     if text != manifest_text(files):
         return "manifest.json is missing or damaged"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -452,3 +453,65 @@ def test_what_a_run_folder_has_lost_is_made_up_for_or_named(run: Run, settings: 
     Path("out/provenance.json").unlink()
     with pytest.raises(RunError, match=r"provenance\.json: was taken away while the run went on; start it again"):
         card_of(Path("out"), 2)
+
+
+def swap(first: Path, second: Path) -> None:
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+
+
+def loosen(file: Path) -> None:
+    """More white space, the same rows."""
+    file.write_bytes(file.read_bytes().replace(b'{"messages"', b'{ "messages"'))
+
+
+def cut_off(file: Path) -> None:
+    """One row less."""
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[1:]))
+
+
+def reword(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"assistant", b"helper"))
+
+
+CHANGES: dict[str, tuple[Callable[[], None], int, int, str]] = {
+    "training rows": (lambda: cut_off(Path("data/a.jsonl")), 2, 1, "data data/a.jsonl: was"),
+    "order of files": (lambda: swap(Path("data/a.jsonl"), Path("data/b.jsonl")), 2, 1, "data data/a.jsonl: was"),
+    "validation rows": (lambda: cut_off(Path("held_out.jsonl")), 2, 1, "data held_out.jsonl: was"),
+    "white space": (lambda: loosen(Path("data/b.jsonl")), 0, 1, "data data/b.jsonl: was"),
+    "weights": (lambda: flip(Path("model/model.safetensors")), 2, 1, "weights_fingerprint: was"),
+    "tokenizer": (lambda: loosen_json(Path("model/tokenizer_config.json")), 2, 1, "tokenizer_sha256: was"),
+    "template": (lambda: reword(Path("model/chat_template.jinja")), 2, 1, "tokenizer_sha256: was"),
+    "a file's time": (lambda: os.utime("data/a.jsonl", (1e9, 1e9)), 0, 0, "nothing has changed around it"),
+    "a file that is gone": (lambda: Path("held_out.jsonl").unlink(), 2, 0, "the config cannot be used here"),
+}
+"""What changes: exit code of a resume, of the same command when the run has finished, and what replay says."""
+
+
+def loosen_json(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
+def test_what_a_change_does(run: Run, settings: Settings, here: Path) -> None:
+    """The table of docs/run_folder.md, row by row."""
+    Path("data").mkdir()
+    write_chat(Path("data/a.jsonl"))
+    write_chat(Path("data/b.jsonl"), seed=3)
+    settings |= {"dataset": "data", "dataset_split": "train"}
+    assert run("sft", **settings).code == 0
+    shutil.copytree(here, here.with_name("kept"), ignore=shutil.ignore_patterns("cache"))
+    for name, (change, resumed, again, said) in CHANGES.items():
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(here.with_name("kept"), here)
+        os.chdir(here)
+        change()
+        finished = run("sft", **settings)
+        assert finished.code == again, (name, finished.output)
+        assert said in run("lacuna", "replay", "out").output, name
+        assert ("made of something else" in run("lacuna", "status", "out").output) == (again == 1), name
+        shutil.rmtree("out/final")
+        shutil.rmtree("out/checkpoints/step-00000004")
+        outcome = run("sft", **settings)
+        assert outcome.code == resumed, (name, outcome.output)
+        assert ("resuming from out/checkpoints/step-00000002" in outcome.output) == (resumed == 0), name

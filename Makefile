@@ -54,11 +54,11 @@ lint: install
 	$(BIN)/mypy
 
 coverage: install torchtune
-	$(BIN)/coverage run --branch --source lacuna.experiment -m pytest tests/test_merge.py tests/test_sweep.py \
+	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest tests/test_merge.py tests/test_sweep.py \
 		tests/test_experiment.py tests/test_builder.py tests/test_torchtune.py \
 		-k 'of_the_builder or builder_raises or available or not (test_torchtune or real_kill or same_bytes or can_vary)'
 	$(BIN)/coverage report --show-missing --fail-under 100 \
-		--include '*/merge.py,*/sweep.py,*/schema.py,*/parameters.py,*/generator.py,*/builder.py'
+		--include '*/trees.py,*/sweep.py,*/schema.py,*/names.py,*/generator.py,*/builder.py'
 
 bench: install torchtune
 	$(BIN)/python benchmarks/training_step.py

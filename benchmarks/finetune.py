@@ -68,7 +68,7 @@ def train_lacuna(folder: Path, run: Path, precision: str, steps: int) -> None:
         "training.save_steps": 1000, "training.seed": SEED, "device": "cpu",
     }  # fmt: skip
     (folder / "empty.yaml").write_text("trainer: finetune\n")
-    from lacuna.cli import main_finetune
+    from lacuna.cli.main import main_finetune
 
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     sys.argv = ["finetune", "--config", str(folder / "empty.yaml"), *words]

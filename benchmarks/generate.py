@@ -24,7 +24,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from omegaconf import OmegaConf
 
 from lacuna.config.yaml_format import dump_yaml
-from lacuna.experiment.torchtune import need_environment
+from lacuna.torchtune.environment import need_environment
 
 CONFIG = "llama3_2/1B_lora_single_device.yaml"
 RECIPE = "lora_finetune_single_device"

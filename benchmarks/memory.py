@@ -12,9 +12,9 @@ import click
 import numpy as np
 from transformers import AutoConfig
 
-from lacuna.plan.memory import GIB, Adapter, Step, step_memory
-from lacuna.plan.shape import PROJECTIONS, model_shape
-from lacuna.plan.trace import trace_memory
+from lacuna.cost.memory import GIB, Adapter, Step, step_memory
+from lacuna.cost.shape import PROJECTIONS, model_shape
+from lacuna.preflight.trace import trace_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from model_configs import MODELS

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lacuna.experiment.torchtune import Environment, need_environment
-from lacuna.plan.torchtune import CONTEXT, torchtune_memory
-from lacuna.plan.torchtune_model import RECIPES, TorchtuneModel, model_of
+from lacuna.torchtune.environment import Environment, need_environment
+from lacuna.torchtune.memory import CONTEXT, torchtune_memory
+from lacuna.torchtune.model import RECIPES, TorchtuneModel, model_of
 
 TRACE = Path(__file__).with_name("torchtune_trace.py")
 MIB = 2**20

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import ALTERNATIVES, SFTConfig
+from lacuna.cost.memory import GIB, Adapter, Step, step_memory
+from lacuna.cost.shape import ModelShape
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import PackedRow, load_rows, row_order
-from lacuna.data.preview import preview
-from lacuna.data.preview_text import show
-from lacuna.plan.memory import GIB, Adapter, Step, step_memory
-from lacuna.plan.shape import ModelShape
+from lacuna.preflight.preview import preview
+from lacuna.preflight.preview_text import show
 from lacuna.runs.metrics import read_metrics
 
 WIDTH, HEIGHT = 960, 330

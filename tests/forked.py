@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 
-from lacuna import cli
+from lacuna.cli import main as cli
 
 COMMANDS: dict[str, Callable[[], None]] = {
     "lacuna": cli.main,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import torchtune_config_writer
 from lacuna.errors import ConfigError
-from lacuna.experiment.builder import TorchtuneConfigBuilder as Builder
+from torchtune_config_writer.builder import TorchtuneConfigBuilder as Builder
 
 CONFIG: dict[str, Any] = {
     "output_dir": "/tmp/out",

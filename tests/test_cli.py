@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lacuna.cli import lacuna
+from lacuna.cli.main import lacuna
 from lacuna.config.files import flag_name
 from lacuna.config.training import FLAT as TRAINERS
 
@@ -24,40 +24,35 @@ CORE_ONLY = (
 )  # fmt: skip
 """Packages of the core and what they need, as folder or file names."""
 TORCH_FREE = [
-    "lacuna.cli", "lacuna.errors", "lacuna.config.files", "lacuna.config.training", "lacuna.data.formats",
-    "lacuna.data.schemas", "lacuna.data.packing", "lacuna.runs.folder", "lacuna.runs.metrics",
-    "lacuna.config.yaml_format", "lacuna.config.finetune", "lacuna.config.layers", "lacuna.config.trainers",
-    "lacuna.flags", "lacuna.installation", "lacuna.platform.detect",
-    "lacuna.platform.check", "lacuna.platform.doctor", "lacuna.platform.libraries", "lacuna.platform.needs",
-    "lacuna.platform.presets", "lacuna.platform.probes", "lacuna.platform.services", "lacuna.platform.storage",
-    "lacuna.cli_platform", "lacuna.experiment.builder",
-    "lacuna.experiment.checks",
-    "lacuna.experiment.confounds", "lacuna.experiment.design", "lacuna.experiment.folder",
-    "lacuna.experiment.generator", "lacuna.experiment.loaders", "lacuna.experiment.merge",
-    "lacuna.experiment.parameters", "lacuna.experiment.recipe", "lacuna.experiment.schema", "lacuna.experiment.sweep",
-    "lacuna.experiment.torchtune", "lacuna.experiment.torchtune_checks", "lacuna.experiment.torchtune_data",
-    "lacuna.experiment.torchtune_templates", "lacuna.platform.ready",
-    "torchtune_config_writer", "lacuna.config.slurm", "lacuna.experiment.mapping", "lacuna.launch.batch_script",
-    "lacuna.launch.child", "lacuna.launch.devices",
-    "lacuna.launch.lease", "lacuna.launch.nodes", "lacuna.launch.record", "lacuna.launch.slurm",
-    "lacuna.launch.selection", "lacuna.runs.settings", "lacuna.cli_run",
-    "lacuna.launch.start",
-    "lacuna.launch.torchtune_run", "lacuna.cli_replay", "lacuna.runs.provenance", "lacuna.runs.logs",
-    "lacuna.runs.replay", "lacuna.runs.torchtune_facts", "lacuna.runs.torchtune_log",
-    "lacuna.runs.queue", "lacuna.runs.status", "lacuna.plan.data",
-    "lacuna.plan.known_models", "lacuna.plan.shape", "lacuna.plan.torchtune",
-    "lacuna.runs.card", "lacuna.runs.final", "lacuna.runs.hashing", "lacuna.runs.identity",
-    "lacuna.plan.torchtune_counts", "lacuna.plan.torchtune_model",
-    "lacuna.plan.torchtune_steps", "lacuna.plan.memory", "lacuna.plan.flops", "lacuna.plan.runs", "lacuna.plan.advice",
-    "lacuna.plan.show", "lacuna.plan.read", "lacuna.plan.recipes", "lacuna.plan.command", "lacuna.plan.dry_run",
-    "lacuna.cli_report", "lacuna.reports.collect", "lacuna.reports.make", "lacuna.reports.metric",
-    "lacuna.reports.notes", "lacuna.reports.page", "lacuna.reports.results", "lacuna.reports.statistics",
-    "lacuna.reports.table", "lacuna.reports.verdict",
-    "lacuna.reports.curves", "lacuna.reports.numbers",
-    "lacuna.cli_data", "lacuna.cli_chat",
-    "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings",
+    "lacuna.chat.answer", "lacuna.chat.find", "lacuna.chat.session", "lacuna.chat.settings", "lacuna.cli.chat",
+    "lacuna.cli.data", "lacuna.cli.flags", "lacuna.cli.main", "lacuna.cli.platform", "lacuna.cli.replay",
+    "lacuna.cli.report", "lacuna.cli.run", "lacuna.config.files", "lacuna.config.finetune",
+    "lacuna.config.layers", "lacuna.config.names", "lacuna.config.slurm", "lacuna.config.trainers",
+    "lacuna.config.training", "lacuna.config.trees", "lacuna.config.yaml_format", "lacuna.cost.advice",
+    "lacuna.cost.flops", "lacuna.cost.known_models", "lacuna.cost.memory", "lacuna.cost.shape",
+    "lacuna.data.formats", "lacuna.data.packing", "lacuna.data.schemas", "lacuna.errors",
+    "lacuna.experiment.base", "lacuna.experiment.checks", "lacuna.experiment.confounds",
+    "lacuna.experiment.design", "lacuna.experiment.folder", "lacuna.experiment.generator",
+    "lacuna.experiment.schema", "lacuna.experiment.sweep", "lacuna.files", "lacuna.installation",
+    "lacuna.launch.batch_script", "lacuna.launch.devices", "lacuna.launch.lease", "lacuna.launch.nodes",
+    "lacuna.launch.selection", "lacuna.launch.slurm", "lacuna.launch.start", "lacuna.machine.detect",
+    "lacuna.machine.presets", "lacuna.preflight.check", "lacuna.preflight.command", "lacuna.preflight.count",
+    "lacuna.preflight.doctor", "lacuna.preflight.dry_run", "lacuna.preflight.libraries", "lacuna.preflight.plan",
+    "lacuna.preflight.probes", "lacuna.preflight.read", "lacuna.preflight.ready", "lacuna.preflight.recipes",
+    "lacuna.preflight.services", "lacuna.preflight.show", "lacuna.preflight.starts", "lacuna.preflight.storage",
+    "lacuna.processes", "lacuna.reports.collect", "lacuna.reports.curves", "lacuna.reports.make",
+    "lacuna.reports.metric", "lacuna.reports.notes", "lacuna.reports.numbers", "lacuna.reports.page",
+    "lacuna.reports.replay", "lacuna.reports.results", "lacuna.reports.statistics", "lacuna.reports.table",
+    "lacuna.reports.verdict", "lacuna.runs.card", "lacuna.runs.final", "lacuna.runs.folder",
+    "lacuna.runs.identity", "lacuna.runs.jobs", "lacuna.runs.logs", "lacuna.runs.mapping", "lacuna.runs.metrics",
+    "lacuna.runs.provenance", "lacuna.runs.queue", "lacuna.runs.same", "lacuna.runs.status",
+    "lacuna.torchtune.dataset", "lacuna.torchtune.environment", "lacuna.torchtune.facts",
+    "lacuna.torchtune.inside_checks", "lacuna.torchtune.inside_counts", "lacuna.torchtune.log",
+    "lacuna.torchtune.memory", "lacuna.torchtune.model", "lacuna.torchtune.recipe", "lacuna.torchtune.run",
+    "lacuna.torchtune.steps", "lacuna.torchtune.templates", "torchtune_config_writer",
+    "torchtune_config_writer.builder",
 ]  # fmt: skip
-NOT_TORCH_FREE = {"plan/trace.py": "the real step", "reports/text.py": "rich"}
+NOT_TORCH_FREE = {"preflight/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
 
@@ -164,7 +159,7 @@ def test_the_torch_free_half_imports_no_torch() -> None:
 
 def test_the_garbage_collector_rests_while_the_trainer_is_imported_and_no_longer() -> None:
     code = (
-        "import gc\nfrom lacuna.cli import fast_imports\nresting = []\n"
+        "import gc\nfrom lacuna.cli.main import fast_imports\nresting = []\n"
         "with fast_imports(): resting.append(gc.isenabled())\n"
         "print(resting, gc.isenabled(), gc.get_freeze_count() > 0)\n"
         "try:\n    with fast_imports(): import nothing_of_this_name\n"
@@ -187,7 +182,7 @@ def test_the_list_of_the_torch_free_half_is_complete() -> None:
 def in_core_only(
     packages: Path, command: str, *words: str | Path, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    code = f"import sys, lacuna.cli as cli\nsys.argv[0] = '{command}'\n"
+    code = f"import sys, lacuna.cli.main as cli\nsys.argv[0] = '{command}'\n"
     code += {"lacuna": "cli.main()", "sft": "cli.main_sft()", "pretrain": "cli.main_pretrain()"}[command]
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     arguments = [sys.executable, "-S", "-c", code, *map(str, words)]

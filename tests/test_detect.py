@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lacuna.errors import ConfigError
-from lacuna.platform.detect import GIB, NAMED, cgroup_limits, named_device, read_host
+from lacuna.machine.detect import GIB, NAMED, cgroup_limits, named_device, read_host
 
 
 def test_a_named_device_has_its_memory_and_peak() -> None:

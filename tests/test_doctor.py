@@ -11,23 +11,23 @@ from typing import Any
 
 import pytest
 import yaml
+from lacuna.platform import services
 
 from conftest import Run
 from hub_server import serve
 from lacuna.config.training import SFTConfig
 from lacuna.errors import ModelError
-from lacuna.platform import services
-from lacuna.platform.check import Check, Examination, as_text
-from lacuna.platform.needs import check_start, check_weights
-from lacuna.platform.probes import reinstall
-from lacuna.platform.storage import output_folder
+from lacuna.preflight.check import Check, Examination, as_text
+from lacuna.preflight.probes import reinstall
+from lacuna.preflight.starts import check_start, check_weights
+from lacuna.preflight.storage import output_folder
 from test_cli import CORE_ONLY, SITE_PACKAGES, SOURCE
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"HF_TOKEN": "hf_0123456789abcdef", "WANDB_API_KEY": "0123456789fedcba9876"}
 CAN_MOUNT = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 NEEDS_MOUNT = pytest.mark.skipif(not CAN_MOUNT, reason="a file system of its own needs unshare -rm")
-SHOW = 'from lacuna.platform.storage import *; c = output_folder(Path("{}"), False); print(c.state, c.found)'
+SHOW = 'from lacuna.preflight.storage import *; c = output_folder(Path("{}"), False); print(c.state, c.found)'
 FINETUNE = """\
 model: {path: tiny}
 dataset: {path: chat.jsonl}

@@ -18,15 +18,15 @@ import yaml
 
 import lacuna
 from conftest import SCRIPTS, Outcome, Run, spawn
+from lacuna.config.names import find_path, value_problem
 from lacuna.config.training import FLAT as TRAINERS
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
+from lacuna.experiment.base import Base
 from lacuna.experiment.checks import check_run
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.design import Design, design
-from lacuna.experiment.loaders import Base
-from lacuna.experiment.mapping import read_mapping
-from lacuna.experiment.parameters import find_path, value_problem
+from lacuna.runs.mapping import read_mapping
 
 ROOT = Path(__file__).parent.parent
 BASE = """\
@@ -542,7 +542,7 @@ def test_without_any_torchtune_an_own_file_works_and_a_recipe_says_how(folder: P
 
     def generate(force: bool = False, **experiment: Any) -> Any:
         words = ["lacuna", "generate", "e.yaml", *["--force"] * force]
-        program = f"import sys; from lacuna import cli; sys.argv = {words}; cli.main()"
+        program = f"import sys; from lacuna.cli import main as cli; sys.argv = {words}; cli.main()"
         write(experiment, "e.yaml")
         words = [sys.executable, "-c", program]
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)

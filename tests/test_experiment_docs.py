@@ -11,8 +11,8 @@ import yaml
 
 from conftest import SCRIPTS, Run
 from lacuna.config.finetune import FINETUNE_MAY_CHANGE
+from lacuna.config.names import TORCHTUNE, parameters
 from lacuna.config.training import MAY_CHANGE_ON_RESUME
-from lacuna.experiment.parameters import TORCHTUNE, parameters
 from test_docs import ROOT
 
 PAGE = (ROOT / "docs" / "experiments.md").read_text()

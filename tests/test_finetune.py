@@ -564,7 +564,7 @@ def test_merging_onto_a_full_disk_leaves_nothing(run: Run, config: Path, tmp_pat
     must(run("finetune", *words(config)))
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-        "from lacuna.cli import main; main()"
+        "from lacuna.cli.main import main; main()"
     )
     arguments = ["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]
     outcome = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, check=False)

@@ -20,8 +20,8 @@ from lacuna.config import load_config
 from lacuna.config.files import setting_paths
 from lacuna.config.finetune import BATCH, FinetuneConfig
 from lacuna.config.layers import load_finetune, parse_settings
+from lacuna.cost.shape import model_shape
 from lacuna.errors import ConfigError
-from lacuna.plan.shape import model_shape
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(

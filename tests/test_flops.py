@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from lacuna.platform.detect import Device
+from lacuna.machine.detect import Device
 from lacuna.train.metrics import Window, model_flops
 
 BASE = {"vocab_size": 500, "max_position_embeddings": 4096}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna.experiment.merge import (
+from lacuna.config.trees import (
     MISSING,
     agree,
     copied,

@@ -18,13 +18,13 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import SFTConfig
 from lacuna.config.yaml_format import dump_yaml
-from lacuna.plan.advice import FINETUNE, LOOP, USABLE, advise, changes, fits, largest_rows
-from lacuna.plan.flops import Speed, flops_of, measured_speed
-from lacuna.plan.known_models import KNOWN_MODELS
-from lacuna.plan.memory import GIB, Adapter, Step, total
-from lacuna.plan.runs import step_of
-from lacuna.plan.shape import ModelShape, model_shape
-from lacuna.platform.detect import NAMED, Device, named_device
+from lacuna.cost.advice import FINETUNE, LOOP, USABLE, advise, changes, fits, largest_rows
+from lacuna.cost.flops import Speed, flops_of, measured_speed
+from lacuna.cost.known_models import KNOWN_MODELS
+from lacuna.cost.memory import GIB, Adapter, Step, total
+from lacuna.cost.shape import ModelShape, model_shape
+from lacuna.machine.detect import NAMED, Device, named_device
+from lacuna.preflight.plan import step_of
 from lacuna.train.planned import memory_line
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from lacuna.data.collate import collate
 from lacuna.data.loader import load_rows
 from lacuna.data.packing import count_rows, pack
 from lacuna.errors import LacunaError
-from lacuna.plan.data import Counts, count
+from lacuna.preflight.count import Counts, count
 from lacuna.train.optimizer import count_steps
 
 SMALL = {"output_dir": "o", "batch_size": 2, "micro_batch_size": 1}

@@ -12,9 +12,9 @@ from lacuna import generate
 from lacuna.config.files import read_layer
 from lacuna.errors import ConfigError
 from lacuna.experiment import torchtune
-from lacuna.plan.torchtune import CONTEXT, NF4_BYTES, assumptions, checkpoint_sizes, torchtune_memory
-from lacuna.plan.torchtune_model import FAMILIES, RECIPES, TorchtuneModel, model_of
-from lacuna.plan.torchtune_steps import Counts, step_length, torchtune_counts
+from lacuna.torchtune.memory import CONTEXT, NF4_BYTES, assumptions, checkpoint_sizes, torchtune_memory
+from lacuna.torchtune.model import FAMILIES, RECIPES, TorchtuneModel, model_of
+from lacuna.torchtune.steps import Counts, step_length, torchtune_counts
 from torchtune_fixture import ROOT, losses, make_llama, tiny_controls, train, write_rows
 
 FULL, FULL_DISTRIBUTED, LORA, LORA_DISTRIBUTED = RECIPES
@@ -341,5 +341,5 @@ def test_data_that_cannot_be_counted_have_a_reason(counted: dict[str, Any]) -> N
 
 def test_a_broken_environment_is_an_error() -> None:
     broken = torchtune.Environment("/bin/false", Path("/nowhere"))
-    with pytest.raises(ConfigError, match=r"torchtune_counts\.py could not run with /bin/false: exit code 1"):
+    with pytest.raises(ConfigError, match=r"inside_counts\.py could not run with /bin/false: exit code 1"):
         torchtune_counts(broken, [({}, 1)])

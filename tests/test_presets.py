@@ -12,12 +12,12 @@ import pytest
 
 from conftest import Run
 from lacuna.config.layers import load_finetune
+from lacuna.cost.advice import fits
+from lacuna.cost.memory import Adapter, Step
+from lacuna.cost.shape import ModelShape
 from lacuna.errors import ConfigError
-from lacuna.plan.advice import fits
-from lacuna.plan.memory import Adapter, Step
-from lacuna.plan.shape import ModelShape
-from lacuna.platform.detect import GIB, Device, named_device
-from lacuna.platform.presets import BY_DEVICE, FOLDER, choose_preset, list_presets, replace_auto
+from lacuna.machine.detect import GIB, Device, named_device
+from lacuna.machine.presets import BY_DEVICE, FOLDER, choose_preset, list_presets, replace_auto
 from test_cli import CORE_ONLY, SITE_PACKAGES
 
 ROOT = Path(__file__).parents[1]

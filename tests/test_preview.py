@@ -21,10 +21,10 @@ from lacuna.data.chat import Renderer
 from lacuna.data.documents import Documents, Part, Pieces
 from lacuna.data.duplicates import find_copies
 from lacuna.data.loader import load_rows
-from lacuna.data.preview import BINS, histogram, spread
-from lacuna.data.preview_text import _visible
 from lacuna.errors import DataError
 from lacuna.installation import install_command
+from lacuna.preflight.preview import BINS, histogram, spread
+from lacuna.preflight.preview_text import _visible
 from lacuna.visible import escaped
 
 ANSWER = ("river", "stone")

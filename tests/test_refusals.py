@@ -369,7 +369,7 @@ def test_without_torch_the_missing_extra_is_named(tmp_path: Path) -> None:
         if (site / name).exists():
             (core / name).symlink_to(site / name)
     source = Path(__file__).parent.parent / "src"
-    program = "from lacuna import cli; import sys; sys.argv = ['sft', *sys.argv[1:]]; cli.main_sft()"
+    program = "from lacuna.cli import main as cli; import sys; sys.argv = ['sft', *sys.argv[1:]]; cli.main_sft()"
     words = [sys.executable, "-S", "-c", program, *flags(model_name="m", dataset="d", output_dir="o", steps=1)]
     environment = {**os.environ, "PYTHONPATH": f"{source}:{core}"}
     outcome = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -377,7 +377,7 @@ def test_without_torch_the_missing_extra_is_named(tmp_path: Path) -> None:
     assert "pip install 'lacuna[train]'" in outcome.stderr
     shipped = source.parent / "configs" / "sft_qwen.toml"
     explained = subprocess.run(
-        [sys.executable, "-S", "-c", "from lacuna import cli; cli.main()", "explain", str(shipped)],
+        [sys.executable, "-S", "-c", "from lacuna.cli import main as cli; cli.main()", "explain", str(shipped)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert explained.returncode == 0, explained.stderr
@@ -407,7 +407,7 @@ def test_a_missing_tracker_is_named_with_its_extra(settings: Settings, tmp_path:
         if not entry.name.startswith("tensorboard"):
             (packages / entry.name).symlink_to(entry)
     source = Path(__file__).parent.parent / "src"
-    program = "from lacuna import cli; import sys; sys.argv = ['sft', *sys.argv[1:]]; cli.main_sft()"
+    program = "from lacuna.cli import main as cli; import sys; sys.argv = ['sft', *sys.argv[1:]]; cli.main_sft()"
     words = [sys.executable, "-S", "-c", program, *flags(**settings, tracker="tensorboard")]
     environment = {**os.environ, "PYTHONPATH": f"{source}:{packages}"}
     outcome = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -24,13 +24,13 @@ import lacuna
 from conftest import Process, Run, spawn
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError, RunError
-from lacuna.experiment.mapping import read_mapping
 from lacuna.launch import lease
 from lacuna.launch.board import Board, seconds_left
 from lacuna.launch.devices import shares, visible_devices
-from lacuna.launch.record import Submission, spans
 from lacuna.launch.selection import Planned, plan
 from lacuna.runs.folder import locked, write_status
+from lacuna.runs.jobs import Submission, spans
+from lacuna.runs.mapping import read_mapping
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows

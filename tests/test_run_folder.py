@@ -25,7 +25,6 @@ from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
 from lacuna.experiment.generator import generate
 from lacuna.launch.start import command, find_task
-from lacuna.launch.torchtune_run import run_torchtune
 from lacuna.runs.folder import read_status, starts_of, write_json, write_status
 from lacuna.runs.metrics import read_evaluation, read_metrics
 from lacuna.runs.provenance import (
@@ -37,6 +36,7 @@ from lacuna.runs.provenance import (
     weights_fingerprint,
     without_home,
 )
+from lacuna.torchtune.run import run_torchtune
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
 
 ROOT = Path(__file__).parent.parent

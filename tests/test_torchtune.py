@@ -17,18 +17,18 @@ from omegaconf import OmegaConf
 from conftest import Run
 from lacuna import generate
 from lacuna.config.files import read_layer
+from lacuna.config.names import TORCHTUNE, find_path
+from lacuna.config.trees import leaves, merge
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment import torchtune
-from lacuna.experiment.builder import TorchtuneConfigBuilder
+from lacuna.experiment.base import load_recipe
 from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import design
 from lacuna.experiment.generator import check_configs
-from lacuna.experiment.loaders import load_recipe
-from lacuna.experiment.merge import leaves, merge
-from lacuna.experiment.parameters import TORCHTUNE, find_path
-from lacuna.experiment.recipe import check_recipe
-from lacuna.experiment.torchtune_templates import DROPPED
+from lacuna.torchtune.recipe import check_recipe
+from lacuna.torchtune.templates import DROPPED
+from torchtune_config_writer.builder import TorchtuneConfigBuilder
 from torchtune_fixture import (
     DELETE,
     GLOO,
@@ -562,7 +562,7 @@ def test_an_unknown_config_is_told_the_nearest_and_its_whole_family(
 
 LISTS = """
 import sys
-from lacuna import cli
+from lacuna.cli import main as cli
 sys.argv = ["lacuna", "recipes", "llama3_2/1B"]
 try:
     cli.main()

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from lacuna.config.files import read_layer
+from lacuna.config.trees import MISSING, get, merge, nested, without
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.experiment import torchtune
 from lacuna.experiment.checks import Problem, check_run
-from lacuna.experiment.merge import MISSING, get, merge, nested, without
-from lacuna.experiment.recipe import check_recipe
+from lacuna.torchtune.recipe import check_recipe
 
 ROOT = Path(__file__).parent.parent
 TORCHTUNE_PYTHON = str(ROOT / ".venv-torchtune" / "bin" / "python")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lacuna.experiment.mapping import read_mapping
 from lacuna.runs.folder import read_status, write_json
+from lacuna.runs.mapping import read_mapping
 
 RUNS = Path("runs/quickstart")
 END_OF_TURN = "<|im_end|>"

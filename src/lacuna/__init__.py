@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lacuna.version import __version__
+
 if TYPE_CHECKING:
     from lacuna.experiment.generator import generate
     from lacuna.launch.experiment import run
     from lacuna.reports.make import report
 
 __all__ = ["__version__", "generate", "report", "run"]
-__version__ = "0.1.0"
 
 PLACES = {
     "generate": "lacuna.experiment.generator",

@@ -1,5 +1,5 @@
 """`python -m lacuna`, for torchrun."""
 
-from lacuna.cli import main
+from lacuna.cli.main import main
 
 main()

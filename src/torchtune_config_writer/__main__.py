@@ -2,7 +2,7 @@
 
 import click
 
-from lacuna.cli import run
-from lacuna.cli_experiment import generate, recipes
+from lacuna.cli.experiment import generate, recipes
+from lacuna.cli.main import run
 
 run(click.Group("torchtune_config_writer", {"generate": generate, "recipes": recipes}))

@@ -24,7 +24,7 @@ from lacuna.config.training import SFTConfig, TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import Message
 from lacuna.errors import MissingExtraError, ModelError
-from lacuna.platform.detect import choose_device
+from lacuna.machine.detect import choose_device
 from lacuna.train.checkpoint import restore_weights
 from lacuna.train.loading import check_loaded, load_model, load_model_config, load_tokenizer, load_weights
 from lacuna.train.model import Execution, resolve_execution, stop_at_end_of_turn

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lacuna.config.trees import MISSING, get, leaves, merge, without
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
-from lacuna.experiment.merge import MISSING, get, leaves, merge, without
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -19,8 +19,8 @@ from lacuna.config.training import (
     PositiveInt,
     SFTConfig,
 )
+from lacuna.config.trees import MISSING, get, leaves
 from lacuna.errors import ConfigError
-from lacuna.experiment.merge import MISSING, get, leaves
 
 NotNegativeInt = Annotated[int, Field(ge=0)]
 

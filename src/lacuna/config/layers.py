@@ -6,9 +6,9 @@ from typing import Any
 from lacuna.config.files import Layer, check, merge_layers, read_layer, set_flag
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT
+from lacuna.config.trees import merge, nested, prefixes
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
-from lacuna.experiment.merge import merge, nested, prefixes
 
 SET = "--set"
 

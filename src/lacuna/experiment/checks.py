@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lacuna.config.finetune import IN_SFT, FinetuneConfig
+from lacuna.config.names import parameters, value_problem
+from lacuna.config.trees import MISSING, get, leaves
 from lacuna.data.formats import find_files, peek, read_file
 from lacuna.data.schemas import detect_schema
 from lacuna.errors import DataError, MissingExtraError
-from lacuna.experiment.merge import MISSING, get, leaves
-from lacuna.experiment.parameters import parameters, value_problem
-from lacuna.experiment.torchtune_data import check_dataset
-from lacuna.experiment.torchtune_templates import loses_line_breaks
+from lacuna.torchtune.dataset import check_dataset
+from lacuna.torchtune.templates import loses_line_breaks
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lacuna.experiment.loaders import Base
-from lacuna.experiment.merge import MISSING, get, leaves
+from lacuna.config.trees import MISSING, get, leaves
+from lacuna.experiment.base import Base
 
 
 def find_confounds(base: Base, runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,12 +9,7 @@ from typing import Any
 
 from lacuna.config.files import Layer, check, did_you_mean, merge_layers
 from lacuna.config.finetune import default_output_dir
-from lacuna.config.trainers import CONFIGS
-from lacuna.errors import ConfigError
-from lacuna.experiment.confounds import find_confounds
-from lacuna.experiment.loaders import Base, load_base
-from lacuna.experiment.merge import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
-from lacuna.experiment.parameters import (
+from lacuna.config.names import (
     expects_whole_number,
     find_path,
     output_path,
@@ -22,9 +17,14 @@ from lacuna.experiment.parameters import (
     place,
     value_problem,
 )
+from lacuna.config.trainers import CONFIGS
+from lacuna.config.trees import MISSING, Values, get, leaves, merge, nested, prefixes, type_conflicts, without
+from lacuna.errors import ConfigError
+from lacuna.experiment.base import Base, load_base
+from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
-from lacuna.experiment.torchtune_templates import with_todays_template
+from lacuna.torchtune.templates import with_todays_template
 
 
 @dataclass(frozen=True)

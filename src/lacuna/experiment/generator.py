@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lacuna.config.trees import Values
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
-from lacuna.experiment import folder, torchtune
+from lacuna.experiment import folder
+from lacuna.experiment.base import Base
 from lacuna.experiment.checks import Problem, check_run
 from lacuna.experiment.design import Design, Run, design
-from lacuna.experiment.loaders import Base
-from lacuna.experiment.merge import Values
-from lacuna.experiment.recipe import check_recipe
 from lacuna.runs.provenance import without_home
+from lacuna.torchtune import environment as torchtune
+from lacuna.torchtune.recipe import check_recipe
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lacuna.config.files import Layer, check, read_layer
 from lacuna.config.slurm import SlurmSettings
-from lacuna.experiment.merge import leaves
+from lacuna.config.trees import leaves
 
 MOST_RUNS = 100_000
 Named = Annotated[str, Field(min_length=1)]

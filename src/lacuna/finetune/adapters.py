@@ -16,8 +16,8 @@ from lacuna.config.finetune import FinetuneConfig, TrainingSection
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
-from lacuna.platform.detect import Device
-from lacuna.platform.libraries import quantised_product
+from lacuna.machine.detect import Device
+from lacuna.preflight.libraries import quantised_product
 from lacuna.train.loading import check_loaded, load_weights
 from lacuna.train.model import (
     Execution,

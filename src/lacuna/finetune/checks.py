@@ -14,7 +14,7 @@ from lacuna.config.training import SFTConfig
 from lacuna.data.loader import check_data_settings
 from lacuna.errors import ConfigError, LacunaError
 from lacuna.finetune.adapters import check_quantisation, target_modules
-from lacuna.platform.detect import Device, choose_device
+from lacuna.machine.detect import Device, choose_device
 from lacuna.train.distributed import World, check_world
 from lacuna.train.loading import load_model_config, load_tokenizer
 from lacuna.train.model import (

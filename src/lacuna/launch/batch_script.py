@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lacuna.config.slurm import SlurmSettings
 from lacuna.errors import ConfigError
-from lacuna.launch.record import spans
+from lacuna.runs.jobs import spans
 
 PRELUDE = """\
 fail() {{ echo "lacuna: this failed: $1" >&2; exit 1; }}

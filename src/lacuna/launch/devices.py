@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lacuna.errors import ConfigError
-from lacuna.platform.detect import nvidia_smi
+from lacuna.machine.detect import nvidia_smi
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,6 @@ from lacuna.errors import ConfigError, OtherInputsError
 from lacuna.experiment.checks import Problem
 from lacuna.experiment.folder import MAPPING, span_of
 from lacuna.experiment.generator import generate
-from lacuna.experiment.mapping import RunMapping, read_mapping
 from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
 from lacuna.launch.lease import is_leased
@@ -23,9 +22,10 @@ from lacuna.launch.pool import execute
 from lacuna.launch.selection import Planned, choose, plan, with_other_inputs
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
-from lacuna.platform.detect import read_host
-from lacuna.platform.ready import problems_of, refuse
+from lacuna.machine.detect import read_host
+from lacuna.preflight.ready import problems_of, refuse
 from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of, put_aside
+from lacuna.runs.mapping import RunMapping, read_mapping
 from lacuna.runs.status import Row, table
 from lacuna.visible import visible
 

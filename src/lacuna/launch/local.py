@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError
-from lacuna.platform.detect import choose_device
+from lacuna.machine.detect import choose_device
 from lacuna.runs.folder import is_held, read_status, write_json
 from lacuna.visible import visible
 

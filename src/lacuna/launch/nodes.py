@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 
 from lacuna.errors import ConfigError
-from lacuna.launch.child import run_torchrun
+from lacuna.processes import run_torchrun
 
 SAVE_SECONDS = 600
 """How long torchrun waits for the other processes of a node when one has ended; otherwise it is 30."""

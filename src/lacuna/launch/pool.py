@@ -15,9 +15,9 @@ import psutil
 
 from lacuna.errors import LacunaError, RunError
 from lacuna.launch.board import Board
-from lacuna.launch.child import Asked
 from lacuna.launch.lease import take
 from lacuna.launch.selection import Planned, is_finished
+from lacuna.processes import Asked
 from lacuna.runs.folder import OUTPUT_LOG, is_held, read_status, write_status
 from lacuna.runs.logs import last_words, tail
 

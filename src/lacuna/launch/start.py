@@ -9,13 +9,13 @@ from pathlib import Path
 from lacuna.config.files import did_you_mean, read_layer
 from lacuna.config.trainers import CONFIGS, trainer_of
 from lacuna.errors import ConfigError
-from lacuna.experiment import torchtune
 from lacuna.experiment.folder import MAPPING, digest
-from lacuna.experiment.mapping import read_mapping
-from lacuna.launch.child import run_torchrun
 from lacuna.launch.nodes import rendezvous, torchrun
-from lacuna.launch.torchtune_run import run_torchtune
-from lacuna.platform.ready import problems_of, refusals
+from lacuna.preflight.ready import problems_of, refusals
+from lacuna.processes import run_torchrun
+from lacuna.runs.mapping import read_mapping
+from lacuna.torchtune import environment as torchtune
+from lacuna.torchtune.run import run_torchtune
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lacuna.cli.flags import shown
 from lacuna.errors import ConfigError, RunError
-from lacuna.flags import shown
 from lacuna.reports.collect import OTHER_SETTINGS, collect, is_cpu
 from lacuna.reports.metric import Goal, choose_goal, choose_metric, in_words
 from lacuna.reports.notes import notes_of

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lacuna.flags import shown
+from lacuna.cli.flags import shown
 from lacuna.reports.metric import VALIDATION, is_loss
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lacuna.flags import shown
+from lacuna.cli.flags import shown
 from lacuna.reports.results import BUDGET, Report
 from lacuna.runs.folder import write_whole
 

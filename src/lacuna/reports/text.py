@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from lacuna.flags import shown as shown_value
+from lacuna.cli.flags import shown as shown_value
 from lacuna.reports.make import level_name
 from lacuna.reports.results import HOURS, Arm, Estimate, Report, RunResult
 from lacuna.train.progress import format_duration

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.errors import RunError
+from lacuna.files import sha256_of
 from lacuna.runs.folder import read_status
-from lacuna.runs.hashing import sha256_of
 from lacuna.runs.identity import cached_sha256
 
 WEIGHTS = ".safetensors"

@@ -21,11 +21,11 @@ from lacuna.data.formats import find_files
 from lacuna.data.hub import hub_commit
 from lacuna.errors import ConfigError, DataError, MissingExtraError
 from lacuna.experiment.folder import MAPPING
-from lacuna.experiment.mapping import read_mapping
-from lacuna.platform.detect import Device, read_host
+from lacuna.files import sha256_of, sha256_of_all
+from lacuna.machine.detect import Device, read_host
 from lacuna.runs.folder import read_status, starts_of, write_json
-from lacuna.runs.hashing import sha256_of, sha256_of_all
 from lacuna.runs.identity import file_entry
+from lacuna.runs.mapping import read_mapping
 
 PACKAGES = (
     "lacuna", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl", "peft", "accelerate",

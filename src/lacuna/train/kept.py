@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.errors import RunError
-from lacuna.runs.hashing import sha256_of
+from lacuna.files import sha256_of
 from lacuna.runs.metrics import validation_losses
 
 Regular = Callable[[int], bool]

@@ -28,7 +28,7 @@ from transformers import (
 
 from lacuna.config.training import SFTConfig, TrainingConfig
 from lacuna.errors import ConfigError, ModelError
-from lacuna.platform.detect import Device
+from lacuna.machine.detect import Device
 from lacuna.train.checkpoint import load_tensors, stored_shapes, weights_of
 from lacuna.train.distributed import World, shard
 from lacuna.train.model import Execution, LossModel, transformer_blocks

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lacuna.plan.memory import chunk_tokens
+from lacuna.cost.memory import chunk_tokens
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lacuna.cost.flops import ModelFlops
 from lacuna.data.collate import MicroBatch
-from lacuna.plan.flops import ModelFlops
 from lacuna.train.model import transformer_blocks
 
 

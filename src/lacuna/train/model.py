@@ -16,7 +16,7 @@ from transformers import logging as transformers_logging
 
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError, ModelError
-from lacuna.platform.detect import Device
+from lacuna.machine.detect import Device
 from lacuna.train.loss import chunked_cross_entropy
 
 transformers_logging.set_verbosity_error()

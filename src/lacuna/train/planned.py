@@ -6,12 +6,12 @@ import torch
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.cost.advice import FINETUNE, LOOP, USABLE, describe, savings
+from lacuna.cost.memory import GIB, Step, step_memory
+from lacuna.cost.shape import model_shape
 from lacuna.errors import LacunaError
-from lacuna.plan.advice import FINETUNE, LOOP, USABLE, describe, savings
-from lacuna.plan.memory import GIB, Step, step_memory
-from lacuna.plan.runs import flat_of, read_shape, step_of
-from lacuna.plan.shape import model_shape
-from lacuna.platform.detect import Device, choose_device
+from lacuna.machine.detect import Device, choose_device
+from lacuna.preflight.plan import flat_of, read_shape, step_of
 from lacuna.train.model import Execution
 
 

@@ -22,7 +22,7 @@ from lacuna.runs.final import damage_of_final
 from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_folder, starts_of, write_status
 from lacuna.runs.identity import Identity, changed_inputs, differences, preparation_of
 from lacuna.runs.metrics import read_metrics, validation_losses
-from lacuna.runs.settings import changes, difference, has_run, with_defaults
+from lacuna.runs.same import changes, difference, has_run, with_defaults
 from lacuna.train.checkpoint import read_state
 from lacuna.train.distributed import World
 from lacuna.train.kept import damage, free_name, newest_whole

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """While entered, a signal ends the program at once as long as `at_once` is set, and is only noted otherwise.
 
-    A second Ctrl-C never waits. Signals that a launcher blocked (lacuna.launch.child) are let through.
+    A second Ctrl-C never waits. Signals that a launcher blocked (lacuna.processes) are let through.
     """
 
     def __init__(self) -> None:

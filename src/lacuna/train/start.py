@@ -11,7 +11,7 @@ from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import check_data_settings, load_rows
 from lacuna.data.stream import check_stream, stream_fingerprint
-from lacuna.platform.detect import Device, choose_device
+from lacuna.machine.detect import Device, choose_device
 from lacuna.runs.provenance import config_facts
 from lacuna.train.distributed import World, check_world, join, load_once
 from lacuna.train.loading import load_model, load_model_config, load_sharded, load_tokenizer

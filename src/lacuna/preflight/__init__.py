@@ -1,0 +1,1 @@
+"""What is known before a run: plan, data preview, dry run, doctor."""

@@ -1,0 +1,41 @@
+"""`--dry-run`: everything that is known before training, and what would stop it."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.training import PretrainConfig
+from lacuna.errors import ConfigError
+from lacuna.machine.detect import Device, choose_device, read_host
+from lacuna.preflight.plan import flat_of, plan_runs
+from lacuna.preflight.read import Config
+from lacuna.preflight.show import gib, show
+from lacuna.preflight.starts import start_problems
+
+
+def dry_run(config: Config, problems: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Lines, and whether each says what would stop the run. problems: that the caller has found.
+
+    Imports the trainer, but loads no weights and writes nothing.
+    """
+    notes: list[str] = []
+    found = [*problems, *start_problems(config, notes)]
+    device = _device(config)
+    room = read_host().memory if device.type == "cpu" else device.memory
+    (one,) = plan_runs({flat_of(config).output_dir: config}, device, room, notes.append)
+    yield from ((line, False) for line in show(one))
+    if one.not_counted is not None and not (isinstance(config, PretrainConfig) and config.streaming):
+        found.append(one.not_counted)
+    if one.fits is False and one.peak is not None and room is not None:
+        found.append(f"a step takes {gib(one.peak)}, and {device.name} has {gib(room)}")
+    own: Callable[[str], str] = str
+    if isinstance(config, FinetuneConfig):
+        from lacuna.finetune.checks import in_own_words as own
+    yield from ((own(note), False) for note in dict.fromkeys(notes))
+    yield from ((f"would stop: {problem}", True) for problem in dict.fromkeys(map(own, found)))
+
+
+def _device(config: Config) -> Device:
+    try:
+        return choose_device(config.device)
+    except ConfigError:
+        return choose_device("cpu")

@@ -1,0 +1,304 @@
+"""What runs will take: memory, time, tokens, disk, worked out from a model's config.json and counts of the data.
+
+Nothing here imports torch, but for a trace.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.training import PretrainConfig, TrainingConfig
+from lacuna.cost.advice import FINETUNE, LOOP, USABLE, Names, advise, fits, needs_checkpointing
+from lacuna.cost.flops import Speed, assumed_speed, flops_of, measured_speed
+from lacuna.cost.known_models import KNOWN_MODELS
+from lacuna.cost.memory import CONTEXT, Adapter, Step, step_memory, trained_parameters
+from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.machine.detect import Device
+from lacuna.preflight.count import Counts, count
+from lacuna.preflight.read import Config
+
+STATE_BYTES = 12
+"""Of a trained weight in a checkpoint: itself and AdamW's two moments in fp32."""
+FULL_ROWS = "tokens and time take every row to be full, and of one document"
+RUNTIME = 1.5 * 2**30
+"""Host memory of Python with its libraries."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Sizes in bytes, of one process where there are several; None where something is not known, and notes say why."""
+
+    name: str
+    trainer: str
+    model: str
+    device: str
+    device_memory: int | None
+    processes: int
+    parameters: int | None = None
+    trained: int | None = None
+    memory: dict[str, float] | None = None
+    """At the peak of an optimizer step, by what takes it."""
+    checkpointing: bool | None = None
+    """Whether activations are recomputed, by the config or because of the memory."""
+    fits: bool | None = None
+    host: float | None = None
+    """Memory of the host at its peak: when weights are loaded, or when a checkpoint is copied there to be written."""
+    checkpoint: float | None = None
+    """One checkpoint on the disk."""
+    disk: float | None = None
+    """The run folder at its largest: kept checkpoints, one that is being written, and the final model."""
+    data: Mapping[str, Any] | None = None
+    """See Counts."""
+    not_counted: str | None = None
+    """Why the data are not."""
+    steps: int | None = None
+    tokens: float | None = None
+    """Trained on, over all epochs."""
+    flops: float | None = None
+    speed: Speed | None = None
+    seconds: float | None = None
+    advice: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.processes / 3600
+
+    @property
+    def peak(self) -> float | None:
+        return None if self.memory is None else sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is planned for. room: bytes that it may take there; None where that is not known."""
+
+    device: Device
+    room: int | None
+
+
+def plan_runs(
+    configs: Mapping[str, Config], device: Device, room: int | None, report: Callable[[str], None],
+    speed: Speed | None = None, trace: bool = False,
+) -> list[RunPlan]:  # fmt: skip
+    """A plan for each run of our own trainers; data and models that they share are read once.
+
+    room: bytes of the device that a run may take. speed: given by the user.
+    """
+    flat = {name: flat_of(config) for name, config in configs.items()}
+    counted = count(flat, report)
+    model_of, speed_of = cache(read_model), cache(measured_speed)
+    plans = []
+    for name, config in configs.items():
+        base = config.model.base_model if isinstance(config, FinetuneConfig) else None
+        model, said = model_of(flat[name].model_name, flat[name].model_revision, base)
+        shape = said or "" if model is None else shape_of(flat[name].model_name, model)
+        known = speed or speed_of(flat[name].output_dir, flat[name].model_name, device.name)
+        one = plan_run(name, config, shape, counted[name], Place(device, room), known)
+        if trace and (one.memory is not None or isinstance(shape, str)):
+            one = traced(one, config, device, room, counted[name], model if said else None)
+        plans.append(replace(one, notes=[*one.notes, said]) if model is not None and said else one)
+    return plans
+
+
+def flat_of(config: Config) -> TrainingConfig:
+    """In the names of our own loop."""
+    return config.as_sft() if isinstance(config, FinetuneConfig) else config
+
+
+def read_shape(model: str, revision: str | None) -> ModelShape | str:
+    """From a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
+    config = read_config(model, revision)
+    return config if isinstance(config, str) else shape_of(model, config)
+
+
+def shape_of(model: str, config: Mapping[str, Any]) -> ModelShape | str:
+    """From the model's config.json; a sentence where the formula does not know its layers."""
+    return model_shape(config) or f"{model}: its layers are of a kind that the formula does not know; --trace does"
+
+
+def read_model(model: str, revision: str | None, base: str | None) -> tuple[dict[str, Any] | None, str | None]:
+    """A config.json, and what is to be said of it: where it cannot be had, that of a model that lacuna knows by its
+    name, or by the name of its base; where it knows none, None and why."""
+    config = read_config(model, revision)
+    if not isinstance(config, str):
+        return config, None
+    name = next((name for name in (model, base) if name in KNOWN_MODELS), None)
+    if name is None:
+        return None, config
+    whose = "it" if name == model else name
+    return KNOWN_MODELS[name], f"{config}; planned with the shape that lacuna knows of {whose}"
+
+
+def read_config(model: str, revision: str | None) -> dict[str, Any] | str:
+    """The config.json of a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    file = Path(model) / "config.json"
+    if not file.parent.is_dir() and (model.startswith((".", "/")) or model.count("/") > 1):
+        return f"{model}: no such folder"
+    try:
+        place = file if file.parent.is_dir() else Path(hf_hub_download(model, "config.json", revision=revision))
+        config: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        return f"{model}: its config.json is not in the hub's cache, and the hub does not give it"
+    except (OSError, ValueError, HFValidationError) as error:
+        return f"{model}: no config.json could be read: {error}"
+    return config
+
+
+def adapter_of(config: Config) -> Adapter | None:
+    """Of a finetune config; None for training of all weights."""
+    if not isinstance(config, FinetuneConfig):
+        return None
+    training = config.training
+    targets = tuple(dict.fromkeys(target.split(".")[-1] for target in training.target_modules or PROJECTIONS))
+    bits = training.quantization_bits if training.method == "qlora" else None
+    return Adapter(training.lora_r, targets, training.lora_dropout > 0, bits, training.double_quantization)
+
+
+def longest_of(config: Config, counts: Counts | str) -> int | None:
+    """Tokens of the longest sample where no row of a forward pass is longer, and it is known."""
+    fills_rows = flat_of(config).packing and not isinstance(config, FinetuneConfig)
+    return None if isinstance(counts, str) or fills_rows else counts.longest
+
+
+def step_of(
+    config: Config, shape: ModelShape | None, device: Device, longest: int | None = None, attention: str | None = None
+) -> Step:
+    """The step of a config on a device, with activation checkpointing as it will be; on where the shape is not known.
+
+    longest: tokens of the longest sample, where no row can be longer. attention: what `auto` came to, if that is known.
+    Torch's attention on a Mac is planned as one that keeps every score, for its backward pass has no other.
+    # ref: https://github.com/pytorch/pytorch/issues/179294
+    """
+    flat = flat_of(config)
+    adapter = adapter_of(config)
+    bf16 = {"auto": device.type != "cpu" and device.has_bf16}.get(flat.precision, flat.precision == "bf16")
+    attention = attention or ("sdpa" if flat.attention == "auto" else flat.attention)
+    if attention == "flash_attention_2" and device.type != "cuda":
+        attention = "sdpa"
+    if device.type == "mps" and attention == "sdpa":
+        attention = "eager"
+    gpus = flat.gpus
+    step = Step(
+        rows=min(flat.micro_batch_size, math.ceil(flat.batch_size / gpus)),
+        length=min(flat.sequence_length, longest or flat.sequence_length),
+        bf16=bf16,
+        checkpointing=flat.activation_checkpointing is True,
+        device=device.type,
+        accumulates=flat.batch_size > flat.micro_batch_size * gpus,
+        attention=attention,
+        adapter=adapter,
+        processes=gpus,
+    )
+    if flat.activation_checkpointing != "auto" or device.memory is None:
+        return step
+    if shape is None or needs_checkpointing(shape, step, device.memory):
+        return replace(step, checkpointing=True)
+    return step
+
+
+def traced(
+    one: RunPlan,
+    config: Config,
+    device: Device,
+    room: int | None,
+    counts: Counts | str,
+    known: Mapping[str, Any] | None,
+) -> RunPlan:
+    """The plan with its memory counted in the real step. known: a config.json instead of the model's. Imports torch."""
+    from transformers import AutoConfig
+
+    from lacuna.preflight.trace import trace_memory
+    from lacuna.train.loading import load_model_config
+
+    model_config = AutoConfig.for_model(**known) if known is not None else load_model_config(flat_of(config))
+    shape = model_shape(model_config.to_dict())
+    step = step_of(config, shape, device, longest_of(config, counts))
+    trace = trace_memory(model_config, step)
+    memory = {"traced step": trace.peak, "framework": float(CONTEXT[device.type])}
+    is_enough = None if room is None else sum(memory.values()) <= USABLE * room
+    return replace(one, memory=memory, fits=is_enough, checkpointing=step.checkpointing)
+
+
+def plan_run(
+    name: str, config: Config, shape: ModelShape | str, counts: Counts | str, place: Place, known: Speed | None
+) -> RunPlan:
+    """known: the speed that the user gave or that runs in the same place have reached; None takes a usual one."""
+    flat, device = flat_of(config), place.device
+    facts: dict[str, Any] = {"data": None, "steps": flat.steps, **_tokens(flat, counts)}
+    if not isinstance(counts, str):
+        facts |= {"data": vars(counts), "steps": counts.steps}
+    named: dict[str, Any] = {
+        "name": name, "trainer": config.model_dump()["trainer"], "model": flat.model_name, "device": device.name,
+        "device_memory": place.room, "processes": flat.gpus, "data": facts["data"], "steps": facts["steps"],
+        "tokens": facts["tokens"], "not_counted": counts if isinstance(counts, str) else None,
+    }  # fmt: skip
+    if isinstance(shape, str):
+        return RunPlan(**named, notes=[shape])
+    adapter = adapter_of(config)
+    if adapter is not None and (missing := set(adapter.targets) - set(PROJECTIONS)):
+        return RunPlan(**named, notes=[f"target_modules: {flat.model_name} has no {', '.join(sorted(missing))}"])
+    step = step_of(config, shape, device, longest_of(config, counts))
+    trained = trained_parameters(shape, step.adapter)
+    memory = step_memory(shape, step)
+    flops = None
+    if facts["tokens"] is not None:
+        flops = flops_of(shape, step.adapter).training(facts["tokens"], facts["targets"], facts["pairs"])
+    speed = known or assumed_speed(step.adapter, step.checkpointing)
+    checkpoint = float(STATE_BYTES * trained)
+    kept = flat.keep_last + flat.keep_best + 1
+    if facts["steps"] is not None:
+        kept = min(kept, math.ceil(facts["steps"] / flat.save_every))
+    final = 4.0 * trained if step.adapter else float(step.width * trained)
+    names: Names = FINETUNE if isinstance(config, FinetuneConfig) else LOOP
+    return RunPlan(
+        **named,
+        parameters=shape.parameters + (trained if step.adapter else 0),
+        trained=trained,
+        memory=memory,
+        checkpointing=step.checkpointing,
+        fits=None if place.room is None else fits(shape, step, place.room),
+        host=RUNTIME + max(_loading(shape, step), checkpoint / flat.gpus),
+        checkpoint=checkpoint,
+        disk=kept * checkpoint + final,
+        flops=flops,
+        speed=speed,
+        seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
+        notes=[FULL_ROWS] if isinstance(counts, str) and facts["tokens"] is not None else [],
+        advice=advise(shape, step, place.room, names, math.ceil(flat.batch_size / flat.gpus)),
+    )
+
+
+def _tokens(flat: TrainingConfig, counts: Counts | str) -> dict[str, Any]:
+    """Over all epochs. Where the data are not counted, rows are taken to be full and one document each."""
+    if not isinstance(counts, str):
+        every = {"tokens": counts.tokens, "targets": counts.targets, "pairs": counts.attention_pairs}
+        return {name: int(value * counts.epochs) for name, value in every.items()}
+    if flat.steps is None or not (flat.packing or isinstance(flat, PretrainConfig)):
+        return {"tokens": None, "targets": None, "pairs": None}
+    rows = flat.steps * flat.batch_size
+    length = flat.sequence_length
+    return {"tokens": rows * length, "targets": rows * length, "pairs": rows * length * (length + 1) // 2}
+
+
+def _loading(shape: ModelShape, step: Step) -> float:
+    """Bytes of the weights on the host before they are on the device."""
+    width = step.width if step.adapter else 4
+    whole = float(width * shape.parameters)
+    return whole / step.processes if step.adapter is None else whole
+
+
+def _seconds(speed: Speed, flops: float | None, tokens: float | None, device: Device, gpus: int) -> float | None:
+    if speed.tokens_per_second is not None and tokens is not None:
+        return tokens / speed.tokens_per_second
+    if speed.mfu is None or flops is None or device.peak_bf16_flops is None:
+        return None
+    return flops / (device.peak_bf16_flops * speed.mfu * gpus)

@@ -52,6 +52,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports > /dev/null || $(BIN)/lint-imports
 
 coverage: install torchtune
 	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest tests/test_merge.py tests/test_sweep.py \

@@ -12,9 +12,10 @@ import click
 import numpy as np
 from transformers import AutoConfig
 
-from lacuna.cost.memory import GIB, Adapter, Step, step_memory
+from lacuna.cost.memory import Adapter, Step, step_memory
 from lacuna.cost.shape import PROJECTIONS, model_shape
 from lacuna.preflight.trace import trace_memory
+from lacuna.words import GIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from model_configs import MODELS

@@ -8,7 +8,8 @@ from typing import Any
 import lacuna
 from lacuna.config.files import check, read_layer
 from lacuna.config.trainers import CONFIGS
-from lacuna.runs.folder import write_config, write_json
+from lacuna.files import write_json
+from lacuna.runs.folder import write_config
 
 SFT = {
     "trainer": "sft", "model_name": "org/model", "dataset": "data.jsonl", "validation_share": 0.1, "steps": 100,

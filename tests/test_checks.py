@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lacuna.experiment.checks import Problem, check_run
+from lacuna.errors import Problem
+from lacuna.experiment.checks import check_run
 from lacuna.experiment.folder import summarise
 
 INSTRUCT = "torchtune.datasets.instruct_dataset"

@@ -52,6 +52,7 @@ TORCH_FREE = [
     "lacuna.torchtune.steps", "lacuna.torchtune.templates", "torchtune_config_writer",
     "torchtune_config_writer.builder",
 ]  # fmt: skip
+FOREIGN_TO_TRAINING = ("cli", "launch", "preflight", "chat", "reports", "experiment", "torchtune")
 NOT_TORCH_FREE = {"preflight/trace.py": "the real step", "reports/text.py": "rich"}
 GOOD = 'trainer = "sft"\nmodel_name = "m"\ndataset = "d.jsonl"\noutput_dir = "o"\nsteps = 5\n'
 
@@ -84,6 +85,14 @@ def core_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (packages / name).symlink_to(SITE_PACKAGES / name)
     (packages / "lacuna").symlink_to(SOURCE / "lacuna")
     return packages
+
+
+def test_training_loads_nothing_of_the_rooms_around_it() -> None:
+    program = "import sys, lacuna.train.start; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("lacuna.")}
+    assert "train" in rooms
+    assert rooms.isdisjoint(FOREIGN_TO_TRAINING)
 
 
 @pytest.mark.parametrize("trainer", ["pretrain", "sft"])

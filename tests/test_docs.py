@@ -14,8 +14,9 @@ import pytest
 from conftest import SCRIPTS
 from fixtures import write_chat
 from hub_server import serve
-from lacuna.cost.memory import GIB, Adapter, Step, step_memory
+from lacuna.cost.memory import Adapter, Step, step_memory
 from lacuna.cost.shape import ModelShape
+from lacuna.words import GIB
 from test_hub import write_qwen
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna.config.files import Layer, check, did_you_mean, flag_name, merge_layers, read_layer
+from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer
 from lacuna.config.training import ALTERNATIVES, SFTConfig
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 GOOD = 'model_name = "m"\ndataset = "d"\noutput_dir = "o"\nsteps = 5\n'
 

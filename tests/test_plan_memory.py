@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import Run
 from fixtures import make_model, write_texts
 from lacuna.config.finetune import TrainingSection
-from lacuna.cost.memory import GIB, QUANTISED_BYTES, Adapter, Step, chunk_of, step_memory, total
+from lacuna.cost.memory import QUANTISED_BYTES, Adapter, Step, chunk_of, step_memory, total
 from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
 from lacuna.finetune.adapters import _keep_as_loaded, quantisation
+from lacuna.words import GIB
 from model_configs import MODELS
 
 ALL, ATTENTION, QV, MLP = PROJECTIONS, PROJECTIONS[:4], ("q_proj", "v_proj"), PROJECTIONS[4:]

@@ -11,7 +11,7 @@ import pytest
 from lacuna import generate
 from lacuna.config.files import read_layer
 from lacuna.errors import ConfigError
-from lacuna.experiment import torchtune
+from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.memory import CONTEXT, NF4_BYTES, assumptions, checkpoint_sizes, torchtune_memory
 from lacuna.torchtune.model import FAMILIES, RECIPES, TorchtuneModel, model_of
 from lacuna.torchtune.steps import Counts, step_length, torchtune_counts

@@ -17,11 +17,10 @@ from conftest import Run
 from experiment_folders import FINETUNE, SFT, validated, write_experiment, write_run
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError, RunError
-from lacuna.experiment.folder import digest, seal
+from lacuna.files import digest, write_json
 from lacuna.launch.selection import plan
 from lacuna.reports.statistics import Measured, compare, effect_of, estimate, seeds_needed
-from lacuna.runs.folder import write_json
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import read_mapping, seal
 
 RATES = {"learning_rate": [1e-3, 2e-3]}
 LOW, HIGH = "learning_rate=0.001", "learning_rate=0.002"

@@ -24,18 +24,11 @@ from forked import COMMANDS
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
 from lacuna.experiment.generator import generate
+from lacuna.files import without_home, write_json
 from lacuna.launch.start import command, find_task
-from lacuna.runs.folder import read_status, starts_of, write_json, write_status
+from lacuna.runs.folder import read_status, starts_of, write_status
 from lacuna.runs.metrics import read_evaluation, read_metrics
-from lacuna.runs.provenance import (
-    FIELDS,
-    _git_state,
-    _is_checkout,
-    hub_facts,
-    slurm_facts,
-    weights_fingerprint,
-    without_home,
-)
+from lacuna.runs.provenance import FIELDS, _git_state, _is_checkout, hub_facts, slurm_facts, weights_fingerprint
 from lacuna.torchtune.run import run_torchtune
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
 

@@ -20,7 +20,6 @@ from lacuna import generate
 from lacuna.config.slurm import SlurmSettings, load_slurm, seconds_of
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.errors import ConfigError, RunError
-from lacuna.experiment.folder import seal
 from lacuna.experiment.schema import Experiment
 from lacuna.launch.batch_script import Job, batch_script
 from lacuna.launch.nodes import rendezvous
@@ -30,7 +29,7 @@ from lacuna.processes import run_torchrun, run_watched
 from lacuna.runs.folder import job_of, locked, patience, read_status, write_status
 from lacuna.runs.jobs import Submission, add_submission
 from lacuna.runs.logs import last_words
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import read_mapping, seal
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
 from lacuna.runs.status import Place, _row, as_text, table
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows

@@ -21,11 +21,11 @@ from lacuna.config.names import TORCHTUNE, find_path
 from lacuna.config.trees import leaves, merge
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError
-from lacuna.experiment import torchtune
 from lacuna.experiment.base import load_recipe
 from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import design
 from lacuna.experiment.generator import check_configs
+from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.recipe import check_recipe
 from lacuna.torchtune.templates import DROPPED
 from torchtune_config_writer.builder import TorchtuneConfigBuilder

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from lacuna.config.files import read_layer
 from lacuna.config.trees import MISSING, get, merge, nested, without
 from lacuna.config.yaml_format import dump_yaml
-from lacuna.experiment import torchtune
-from lacuna.experiment.checks import Problem, check_run
+from lacuna.errors import Problem
+from lacuna.experiment.checks import check_run
+from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.recipe import check_recipe
 
 ROOT = Path(__file__).parent.parent

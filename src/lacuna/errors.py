@@ -15,6 +15,8 @@ Interrupted            exit 128 + signal: stopped on request, everything is save
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from lacuna.installation import install_command
 from lacuna.visible import without_passwords
@@ -96,3 +98,24 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int, message: str) -> None:
         self.signal_number = signal_number
         super().__init__(message)
+
+
+Kind = Literal["wrong", "start", "here", "unsure"]
+"""wrong: everywhere, and where the trainer would not notice it, it would train something else. start: the trainer
+refuses it by itself when it starts. here: not on this machine, but it may be on the one that trains. unsure: may be
+right, so it is said and stops nothing."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one run's config, and what to do about it."""
+
+    run: str
+    path: str
+    what: str
+    todo: str
+    kind: Kind = "wrong"
+
+    @property
+    def stops_a_start(self) -> bool:
+        return self.kind != "unsure"

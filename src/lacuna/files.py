@@ -1,8 +1,12 @@
-"""SHA-256 of files."""
+"""Files written whole, their hashes, and paths that name nobody."""
 
 import hashlib
+import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def sha256_of(file: Path) -> str:
@@ -14,3 +18,31 @@ def sha256_of_all(files: Iterable[Path]) -> str | None:
     """SHA-256 over the files' names and hashes; None where there are none."""
     lines = [f"{file.name} {sha256_of(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there with all its text, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def without_home(text: str) -> str:
+    """The home folder, which names the user, as `~`."""
+    home = str(Path.home())
+    return re.sub(rf'(?<![^=:"]){re.escape(home)}(?=[/"]|$)', "~", text) if home != "/" else text

@@ -16,9 +16,9 @@ from lacuna.config.trees import MISSING, copied, get, leaves, merge, nested, wit
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.errors import ConfigError
 from lacuna.experiment.base import Base, load_own, load_recipe
-from lacuna.experiment.folder import digest, summarise
+from lacuna.experiment.folder import summarise
 from lacuna.experiment.generator import check_configs
-from lacuna.runs.folder import write_whole
+from lacuna.files import digest, write_whole
 from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.dataset import KINDS
 from lacuna.torchtune.templates import with_todays_template

@@ -17,7 +17,7 @@ from lacuna.chat.terminal import prompts_of
 from lacuna.data.formats import SHOWN_PROBLEMS, Broken, Conversation, Message, Row, read_file
 from lacuna.data.schemas import detect_schema, to_examples
 from lacuna.errors import DataError, RunError
-from lacuna.runs.folder import write_whole
+from lacuna.files import write_whole
 from lacuna.visible import visible
 
 

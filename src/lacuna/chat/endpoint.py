@@ -12,10 +12,10 @@ import openai
 
 from lacuna.chat.answer import Answer, Say, without_oldest
 from lacuna.chat.settings import Settings
-from lacuna.config.files import did_you_mean
 from lacuna.data.formats import Message
 from lacuna.errors import ConfigError, ModelError
 from lacuna.visible import shown_url
+from lacuna.words import did_you_mean
 
 NO_KEY = "none"
 """What a server gets that asks for no key: the client wants to send one."""

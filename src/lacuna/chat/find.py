@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lacuna.config.files import did_you_mean
 from lacuna.errors import ChangedBaseError, ModelError, RunError
 from lacuna.runs.final import refuse_damaged_final
 from lacuna.runs.folder import read_status
 from lacuna.runs.identity import changed_base
 from lacuna.runs.status import find_runs
+from lacuna.words import did_you_mean
 
 RUNS = Path("runs")
 

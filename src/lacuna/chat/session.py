@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lacuna.chat.settings import Settings
-from lacuna.config.files import Layer, check, did_you_mean
+from lacuna.config.files import Layer, check
 from lacuna.data.formats import Broken, Message, read_file
 from lacuna.data.schemas import detect_schema, to_examples
 from lacuna.errors import ConfigError, DataError, RunError
-from lacuna.runs.folder import write_whole
+from lacuna.files import write_whole
+from lacuna.words import did_you_mean
 
 HELP = """\
 /reset             forget the conversation

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lacuna.chat.settings import Settings
-from lacuna.cli.flags import FLAGS, HELP, shown
+from lacuna.cli.flags import FLAGS, HELP
 from lacuna.errors import ConfigError, MissingExtraError
 from lacuna.visible import visible
+from lacuna.words import shown
 
 if TYPE_CHECKING:
     from lacuna.chat.answer import Model

@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from lacuna.cli.flags import HELP, shown
-from lacuna.config.files import did_you_mean
+from lacuna.cli.flags import HELP
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean, shown
 
 SHOWN_RUNS = 20
 

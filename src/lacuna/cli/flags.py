@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, without_subject
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
+from lacuna.words import shown
 
 FLAGS = "the command line"
 HELP = {"max_content_width": 110}
@@ -29,10 +30,6 @@ def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]]
         return command
 
     return decorate
-
-
-def shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -19,13 +19,14 @@ from lacuna.cli import platform as platform_commands
 from lacuna.cli import replay as replay_commands
 from lacuna.cli import report as report_commands
 from lacuna.cli import run as run_commands
-from lacuna.cli.flags import FLAGS, HELP, config_files, config_options, resolve, shown
+from lacuna.cli.flags import FLAGS, HELP, config_files, config_options, resolve
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.config.trees import leaves
 from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
 from lacuna.version import __version__
 from lacuna.visible import visible
+from lacuna.words import shown
 
 FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
 

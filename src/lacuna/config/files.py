@@ -3,7 +3,6 @@
 A layer is one file or the command line. Later layers win; every value knows the layer and line it came from.
 """
 
-import difflib
 import re
 import reprlib
 import tomllib
@@ -18,6 +17,7 @@ from pydantic.fields import FieldInfo
 from lacuna.config.trees import MISSING, get, leaves, merge, without
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -74,12 +74,6 @@ def _parse_toml(path: Path, text: str) -> Layer:
         for end in [*(dot.start() for dot in re.finditer(r"\.", found)), len(found)]:
             lines.setdefault(found[:end], number)
     return Layer(str(path), values, lines)
-
-
-def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where nothing is near."""
-    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def merge_layers(

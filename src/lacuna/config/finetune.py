@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from lacuna.config.files import did_you_mean, setting_paths
+from lacuna.config.files import setting_paths
 from lacuna.config.training import (
     MAY_CHANGE_ON_RESUME,
     RESTARTS_NEED_GPUS,
@@ -21,6 +21,7 @@ from lacuna.config.training import (
 )
 from lacuna.config.trees import MISSING, get, leaves
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 NotNegativeInt = Annotated[int, Field(ge=0)]
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from lacuna.config.files import did_you_mean, field_at, setting_paths, without_subject
+from lacuna.config.files import field_at, setting_paths, without_subject
 from lacuna.config.finetune import IN_SFT
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.trees import MISSING, get, leaves, nested, prefixes, type_conflicts
+from lacuna.words import did_you_mean
 
 Kind = Literal["scientific", "engineering"]
 SCIENTIFIC: Kind = "scientific"

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lacuna.config.files import Layer, check, did_you_mean, flag_name, merge_layers, read_layer, set_flag
+from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, set_flag
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 CONFIGS: dict[str, type[TrainingConfig] | type[FinetuneConfig]] = {**FLAT, "finetune": FinetuneConfig}
 
@@ -42,3 +43,6 @@ def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig
     model = CONFIGS[trainer]
     values, origins = merge_layers(layers, model.alternatives)
     return check(model, values, origins, flag_name if trainer in FLAT else set_flag)
+
+
+Config = TrainingConfig | FinetuneConfig

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lacuna.cost.memory import GIB, Step, step_memory, total
+from lacuna.cost.memory import Step, step_memory, total
 from lacuna.cost.shape import ModelShape
+from lacuna.words import GIB
 
 USABLE = 0.92
 """Of a device's memory: the rest is for pieces that are free but too small, and for what the prediction is off."""

@@ -7,8 +7,8 @@ counts them anew, and tests/test_plan_memory.py holds the two against each other
 from dataclasses import dataclass, replace
 
 from lacuna.cost.shape import PROJECTIONS, ModelShape
+from lacuna.words import GIB
 
-GIB = 2**30
 QUANTISED_BYTES = {(4, True): 0.5 + 1 / 64 + 4 / (64 * 256), (4, False): 0.5 + 4 / 64, (8, True): 1.0, (8, False): 1.0}
 """Bytes of a frozen weight of so many bits, with and without quantised scales: one scale for 64 weights, and one for
 256 scales. # ref: arXiv 2305.14314, section 3"""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import did_you_mean
 from lacuna.errors import DataError, MissingExtraError
+from lacuna.words import did_you_mean
 
 ENDINGS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 SHOWN_PROBLEMS = 10

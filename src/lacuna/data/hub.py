@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.training import TrainingConfig
 from lacuna.data.formats import Broken, Row, find_files
 from lacuna.errors import DataError, MissingExtraError
 from lacuna.visible import shown_url, visible, without_passwords
+from lacuna.words import did_you_mean
 
 RowsWithState = Iterator[tuple[Row | Broken, Callable[[], Any]]]
 PROBE_SECONDS = 5

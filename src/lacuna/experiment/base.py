@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import Layer, did_you_mean, read_layer
+from lacuna.config.files import Layer, read_layer
 from lacuna.config.trainers import CONFIGS, trainer_of
 from lacuna.errors import ConfigError
 from lacuna.experiment.schema import Experiment
@@ -19,6 +19,7 @@ from lacuna.torchtune.environment import (
     paired_recipe,
     recipes,
 )
+from lacuna.words import did_you_mean
 
 
 @dataclass(frozen=True)

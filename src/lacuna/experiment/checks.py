@@ -5,43 +5,22 @@ A problem is one line that a user can act on: run, path, what, what to do.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lacuna.config.finetune import IN_SFT, FinetuneConfig
 from lacuna.config.names import parameters, value_problem
 from lacuna.config.trees import MISSING, get, leaves
 from lacuna.data.formats import find_files, peek, read_file
 from lacuna.data.schemas import detect_schema
-from lacuna.errors import DataError, MissingExtraError
+from lacuna.errors import DataError, MissingExtraError, Problem
 from lacuna.torchtune.dataset import check_dataset
 from lacuna.torchtune.templates import loses_line_breaks
 
 FILES = ("path", "merges_file", "vocab_path", "merges_path", "special_tokens_path")
 """Arguments of torchtune's tokenizers that name a file."""
 PLACES = (*FILES, "output_dir", "log_dir", "checkpoint_dir", "data_files")
-
-
-Kind = Literal["wrong", "start", "here", "unsure"]
-"""wrong: everywhere, and where the trainer would not notice it, it would train something else. start: the trainer
-refuses it by itself when it starts. here: not on this machine, but it may be on the one that trains. unsure: may be
-right, so it is said and stops nothing."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with one run's config, and what to do about it."""
-
-    run: str
-    path: str
-    what: str
-    todo: str
-    kind: Kind = "wrong"
-
-    @property
-    def stops_a_start(self) -> bool:
-        return self.kind != "unsure"
 
 
 def check_run(trainer: str, run: str, values: Mapping[str, Any], gpus: int) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import Layer, check, did_you_mean, merge_layers
+from lacuna.config.files import Layer, check, merge_layers
 from lacuna.config.finetune import default_output_dir
 from lacuna.config.names import (
     expects_whole_number,
@@ -25,6 +25,7 @@ from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
 from lacuna.torchtune.templates import with_todays_template
+from lacuna.words import did_you_mean
 
 
 @dataclass(frozen=True)

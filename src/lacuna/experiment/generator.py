@@ -8,12 +8,12 @@ from typing import Any
 
 from lacuna.config.trees import Values
 from lacuna.config.yaml_format import dump_yaml
-from lacuna.errors import ConfigError
+from lacuna.errors import ConfigError, Problem
 from lacuna.experiment import folder
 from lacuna.experiment.base import Base
-from lacuna.experiment.checks import Problem, check_run
+from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import Design, Run, design
-from lacuna.runs.provenance import without_home
+from lacuna.files import without_home
 from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.recipe import check_recipe
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpleeval import SimpleEval, safe_mult, safe_power
 
-from lacuna.config.files import did_you_mean
+from lacuna.words import did_you_mean
 
 Settings = dict[str, Any]
 NAME_IN_TEXT = re.compile(r"(?<![${])\{([A-Za-z_][\w.]*)\}(?!\})")

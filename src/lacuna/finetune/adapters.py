@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.finetune import FinetuneConfig, TrainingSection
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.machine.detect import Device
-from lacuna.preflight.libraries import quantised_product
+from lacuna.machine.quantised import quantised_product
 from lacuna.train.loading import check_loaded, load_weights
 from lacuna.train.model import (
     Execution,
@@ -25,6 +24,7 @@ from lacuna.train.model import (
     supervised_loss,
     transformer_blocks,
 )
+from lacuna.words import did_you_mean
 
 
 class AdapterModel(PeftModelForCausalLM):

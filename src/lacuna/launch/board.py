@@ -13,8 +13,8 @@ from rich.text import Text
 
 from lacuna.launch.selection import Planned
 from lacuna.runs.folder import OUTPUT_LOG, read_status
-from lacuna.train.progress import format_duration
 from lacuna.visible import visible
+from lacuna.words import format_duration
 
 REFRESH_SECONDS = 0.5
 SHOWN_RUNS = 20

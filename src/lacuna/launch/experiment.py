@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from lacuna.config.files import read_layer
-from lacuna.errors import ConfigError, OtherInputsError
-from lacuna.experiment.checks import Problem
-from lacuna.experiment.folder import MAPPING, span_of
+from lacuna.errors import ConfigError, OtherInputsError, Problem
+from lacuna.experiment.folder import span_of
 from lacuna.experiment.generator import generate
 from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
@@ -25,7 +24,7 @@ from lacuna.launch.start import processes_of
 from lacuna.machine.detect import read_host
 from lacuna.preflight.ready import problems_of, refuse
 from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of, put_aside
-from lacuna.runs.mapping import RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 from lacuna.runs.status import Row, table
 from lacuna.visible import visible
 

@@ -15,9 +15,10 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError
-from lacuna.machine.detect import choose_device
-from lacuna.runs.folder import is_held, read_status, write_json
+from lacuna.errors import Interrupted, LacunaError, LostProcessError
+from lacuna.files import write_json
+from lacuna.machine.detect import check_gpus
+from lacuna.runs.folder import is_held, read_status
 from lacuna.visible import visible
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -100,19 +101,6 @@ def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
         return code, f"process {rank} has ended with exit code {code}"
     reason = f"process {rank} was killed by {signal.Signals(-code).name}"
     return code, reason + (" (the system does that when memory runs out)" if code == -signal.SIGKILL else "")
-
-
-def check_gpus(gpus: int, device: str) -> None:
-    """Raise ConfigError where this machine has fewer GPUs than are asked for."""
-    import torch
-
-    found = choose_device(device).type
-    if device == "auto" and found != "cuda":
-        raise ConfigError(f"gpus = {gpus}: no CUDA device is here; for {gpus} processes on the CPU say --device cpu")
-    if found == "mps":
-        raise ConfigError(f"gpus = {gpus}: there is one GPU here; for {gpus} processes on the CPU say --device cpu")
-    if found == "cuda" and gpus > torch.cuda.device_count():
-        raise ConfigError(f"gpus = {gpus}: there are {torch.cuda.device_count()} CUDA devices here")
 
 
 def _note(output_dir: str | None, reason: str, is_certain: bool) -> None:

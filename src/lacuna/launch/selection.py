@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacuna.cli.flags import shown
-from lacuna.config.files import did_you_mean
 from lacuna.config.trainers import load_trainer_config
 from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.launch.start import digest_of
@@ -15,6 +13,7 @@ from lacuna.runs.folder import read_status, refuse_foreign_folder, starts_of
 from lacuna.runs.identity import changed_inputs
 from lacuna.runs.mapping import RunMapping
 from lacuna.runs.same import difference, has_run
+from lacuna.words import did_you_mean, shown
 
 MEND = "move that folder away, or give the experiment another output_dir"
 

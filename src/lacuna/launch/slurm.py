@@ -12,16 +12,15 @@ from typing import Any
 
 from lacuna.config.files import read_layer
 from lacuna.config.slurm import SlurmSettings, load_slurm
-from lacuna.errors import ClusterError, ConfigError
-from lacuna.experiment.checks import Problem
-from lacuna.experiment.folder import MAPPING, digest, warning_lines
+from lacuna.errors import ClusterError, ConfigError, Problem
+from lacuna.experiment.folder import warning_lines
 from lacuna.experiment.generator import generate
+from lacuna.files import digest, write_whole
 from lacuna.launch.batch_script import Job, batch_script
 from lacuna.launch.start import config_trainer, processes_of
 from lacuna.preflight.ready import problems_of, refuse, refuse_config
-from lacuna.runs.folder import write_whole
 from lacuna.runs.jobs import Submission, add_submission, read_submissions, spans
-from lacuna.runs.mapping import RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 
 MOST_TASKS = 1001
 """SLURM's MaxArraySize, where it has not been changed."""

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lacuna.config.files import did_you_mean, read_layer
+from lacuna.config.files import read_layer
 from lacuna.config.trainers import CONFIGS, trainer_of
 from lacuna.errors import ConfigError
-from lacuna.experiment.folder import MAPPING, digest
+from lacuna.files import digest
 from lacuna.launch.nodes import rendezvous, torchrun
 from lacuna.preflight.ready import problems_of, refusals
 from lacuna.processes import run_torchrun
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import MAPPING, read_mapping
 from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.run import run_torchtune
+from lacuna.words import did_you_mean
 
 
 @dataclass(frozen=True)

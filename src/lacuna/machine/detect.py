@@ -8,8 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from lacuna.config.files import did_you_mean
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 GIB = 2**30
 
@@ -203,3 +203,16 @@ def _text(file: Path) -> str:
         return file.read_text()
     except OSError:
         return ""
+
+
+def check_gpus(gpus: int, device: str) -> None:
+    """Raise ConfigError where this machine has fewer GPUs than are asked for."""
+    import torch
+
+    found = choose_device(device).type
+    if device == "auto" and found != "cuda":
+        raise ConfigError(f"gpus = {gpus}: no CUDA device is here; for {gpus} processes on the CPU say --device cpu")
+    if found == "mps":
+        raise ConfigError(f"gpus = {gpus}: there is one GPU here; for {gpus} processes on the CPU say --device cpu")
+    if found == "cuda" and gpus > torch.cuda.device_count():
+        raise ConfigError(f"gpus = {gpus}: there are {torch.cuda.device_count()} CUDA devices here")

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from lacuna.config.files import read_layer
 from lacuna.config.trainers import is_torchtune, load_trainer_config
-from lacuna.experiment.checks import Problem
-from lacuna.experiment.folder import MAPPING, summarise
+from lacuna.cost.step import flat_of
+from lacuna.errors import Problem
+from lacuna.experiment.folder import summarise
 from lacuna.preflight import services
 from lacuna.preflight.check import Check, Examination, without_secrets
-from lacuna.preflight.plan import flat_of
 from lacuna.preflight.probes import reinstall
 from lacuna.preflight.ready import problems_of, refusals, torchtune_problems
 from lacuna.preflight.starts import CONFIG, needed_checks
 from lacuna.preflight.storage import output_folder
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import MAPPING, read_mapping
 
 PROBES = (
     ["torch", "devices", "bf16", "transformers", "accelerate", "peft", "trl"],

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.trainers import Config
 from lacuna.config.training import PretrainConfig
+from lacuna.cost.step import flat_of
 from lacuna.errors import ConfigError
 from lacuna.machine.detect import Device, choose_device, read_host
-from lacuna.preflight.plan import flat_of, plan_runs
-from lacuna.preflight.read import Config
-from lacuna.preflight.show import gib, show
+from lacuna.preflight.plan import plan_runs
+from lacuna.preflight.show import show
 from lacuna.preflight.starts import start_problems
+from lacuna.words import gib
 
 
 def dry_run(config: Config, problems: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.machine.detect import choose_device
+from lacuna.machine.quantised import quantised_product
 from lacuna.preflight.check import Check
 
 
@@ -71,16 +72,6 @@ def bitsandbytes() -> str:
         if not quantised_product(bits, device.type):
             raise RuntimeError(f"the {bits}-bit product is not finite on {device.name}")
     return f"4-bit and 8-bit products on {device.name}"
-
-
-def quantised_product(bits: int, device: str) -> bool:
-    """Quantise a few weights and multiply by them: whether the product is finite. Raises what bitsandbytes raises."""
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    layer = Linear4bit(64, 64) if bits == 4 else Linear8bitLt(64, 64, has_fp16_weights=False)
-    product = layer.to(device)(torch.ones(1, 64, device=device))
-    return bool(torch.isfinite(product).all())
 
 
 def flash_attn() -> Check | str:

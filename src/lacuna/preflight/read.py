@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import Layer, check, read_layer
-from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import CONFIGS, load_trainer_config, trainer_of
-from lacuna.config.training import TrainingConfig
+from lacuna.config.trainers import CONFIGS, Config, load_trainer_config, trainer_of
 from lacuna.errors import ConfigError
 from lacuna.experiment.base import Base, load_own
 from lacuna.experiment.design import design
-from lacuna.experiment.folder import MAPPING
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import MAPPING, read_mapping
 
-Config = TrainingConfig | FinetuneConfig
 EXPERIMENT_KEYS = {"experiment_name", "base_config", "base_config_file"}
 
 

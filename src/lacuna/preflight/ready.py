@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lacuna.config.files import read_layer
 from lacuna.config.trainers import load_trainer_config
-from lacuna.errors import ConfigError
+from lacuna.errors import ConfigError, Problem
 from lacuna.experiment.base import load_own
-from lacuna.experiment.checks import Problem, check_run
-from lacuna.experiment.folder import MAPPING, summarise
+from lacuna.experiment.checks import check_run
+from lacuna.experiment.folder import summarise
 from lacuna.experiment.generator import check_configs
-from lacuna.runs.mapping import RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 
 
 def problems_of(

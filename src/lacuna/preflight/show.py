@@ -2,16 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from lacuna.cost.memory import GIB
 from lacuna.preflight.plan import RunPlan
+from lacuna.words import gib
 
 SHOWN = 20
 """Runs of an experiment that get a line of their own."""
-
-
-def gib(size: float) -> str:
-    """`17.3 GiB`, `12.0 MiB`"""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -9,9 +9,9 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.shape import model_shape
+from lacuna.cost.step import flat_of
 from lacuna.errors import LacunaError, ModelError
 from lacuna.preflight.check import Check
-from lacuna.preflight.plan import flat_of
 
 CONFIG = "config"
 """The name of the checks that are about the config."""
@@ -53,7 +53,7 @@ def check_start(files: Sequence[str]) -> list[Check]:
 def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
     from lacuna.finetune.checks import check_before, in_own_words, own_words
     from lacuna.finetune.start import BYTES_PER_PARAMETER
-    from lacuna.launch.local import check_gpus
+    from lacuna.machine.detect import check_gpus
     from lacuna.train.distributed import World
     from lacuna.train.session import together
 
@@ -70,8 +70,7 @@ def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
 
 
 def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
-    from lacuna.launch.local import check_gpus
-    from lacuna.machine.detect import choose_device
+    from lacuna.machine.detect import check_gpus, choose_device
     from lacuna.train.distributed import World
     from lacuna.train.session import together
     from lacuna.train.start import BYTES_PER_PARAMETER, check_before

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacuna.cli.flags import shown
 from lacuna.config.files import check, read_layer
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.training import TrainingConfig
 from lacuna.config.trees import get
 from lacuna.errors import ConfigError, RunError
-from lacuna.experiment.folder import MAPPING, digest
+from lacuna.files import digest
 from lacuna.reports.metric import Curve, final_value
 from lacuna.reports.results import RunResult
 from lacuna.runs.folder import read_status, starts_of
-from lacuna.runs.mapping import RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 from lacuna.runs.metrics import read_evaluation, read_metrics
 from lacuna.runs.same import difference, recorded
 from lacuna.runs.status import Row, table
+from lacuna.words import shown
 
 SEED_NAMES = ("seed", "training.seed")
 OTHER_SETTINGS = "other settings"

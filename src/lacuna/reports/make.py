@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lacuna.cli.flags import shown
 from lacuna.errors import ConfigError, RunError
 from lacuna.reports.collect import OTHER_SETTINGS, collect, is_cpu
 from lacuna.reports.metric import Goal, choose_goal, choose_metric, in_words
@@ -16,6 +15,7 @@ from lacuna.reports.results import Arm, Comparison, Effect, Level, Report, RunRe
 from lacuna.reports.statistics import CONFIDENCE, Measured, compare, effect_of, estimate
 from lacuna.reports.table import write_table
 from lacuna.reports.verdict import judge
+from lacuna.words import shown
 
 Compared = TypeVar("Compared", Arm, Level)
 Variable = tuple[str, ...]

@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 from typing import Literal, get_args
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
+from lacuna.words import did_you_mean
 
 Goal = Literal["lowest", "highest"]
 Curve = list[tuple[int, float]]

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lacuna.cli.flags import shown
 from lacuna.reports.metric import VALIDATION, is_loss
 from lacuna.reports.results import Arm, Comparison, Effect, RunResult
 from lacuna.reports.statistics import seeds_matter
 from lacuna.reports.verdict import counted, some
 from lacuna.runs.identity import CHANGED, FIRST_PREPARATION
+from lacuna.words import shown
 
 SAME_SHARE = 0.01
 """Tokens or steps of two arms that differ by less are the same: the order of the data alone does that."""

@@ -11,10 +11,10 @@ from typing import Any
 from lacuna.config.trees import leaves
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import MissingExtraError
+from lacuna.files import write_whole
 from lacuna.reports.curves import plot_data
 from lacuna.reports.numbers import decimals, duration, full, interval, number, p_value, scale, text
 from lacuna.reports.results import BUDGET, HOURS, Arm, Comparison, Report, RunResult
-from lacuna.runs.folder import write_whole
 from lacuna.version import __version__
 
 HERE = Path(__file__).parent

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lacuna.cli.flags import shown
+from lacuna.files import write_whole
 from lacuna.reports.results import BUDGET, Report
-from lacuna.runs.folder import write_whole
+from lacuna.words import shown
 
 
 def write_table(report: Report, file: Path) -> None:

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from lacuna.cli.flags import shown as shown_value
 from lacuna.reports.make import level_name
 from lacuna.reports.results import HOURS, Arm, Estimate, Report, RunResult
-from lacuna.train.progress import format_duration
 from lacuna.visible import visible
+from lacuna.words import format_duration
+from lacuna.words import shown as shown_value
 
 MOST_ROWS = 40
 """Rows of a table that are shown."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
+from lacuna.files import without_home
 from lacuna.runs.folder import starts_of
 from lacuna.runs.identity import FIRST_PREPARATION
 from lacuna.runs.metrics import validation_losses
-from lacuna.runs.provenance import without_home
 from lacuna.visible import visible
 
 LOAD_ADAPTER = """\

@@ -24,6 +24,7 @@ import tomli_w
 from pydantic import BaseModel
 
 from lacuna.errors import RunError
+from lacuna.files import write_json, write_whole
 
 OUTPUT_LOG = "output.log"
 """What the starts of `lacuna run` have printed."""
@@ -32,24 +33,6 @@ KEPT = ("loss", "tokens_per_second", "restarts")
 """What a status says until it says something newer."""
 NUMBERS = ("time", "seconds", "loss", "tokens_per_second")
 COUNTS = ("step", "total_steps", "process", "restarts")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there with all its text, or as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def patience(environment: Mapping[str, str]) -> float:

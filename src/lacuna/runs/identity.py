@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lacuna.files import sha256_of
-from lacuna.runs.folder import starts_of, write_whole
+from lacuna.files import sha256_of, write_whole
+from lacuna.runs.folder import starts_of
 
 FIRST_PREPARATION = "1"
 """Of the data, before checkpoints told by which version they were prepared."""

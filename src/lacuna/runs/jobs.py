@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lacuna.errors import RunError
-from lacuna.experiment.folder import MAPPING
-from lacuna.runs.folder import write_json
+from lacuna.files import write_json
+from lacuna.runs.mapping import MAPPING
 
 RECORD = "slurm_jobs.json"
 

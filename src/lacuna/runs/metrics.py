@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lacuna.errors import RunError
-from lacuna.runs.folder import name_aside, write_whole
+from lacuna.files import write_whole
+from lacuna.runs.folder import name_aside
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -20,12 +20,11 @@ from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
 from lacuna.data.formats import find_files
 from lacuna.data.hub import hub_commit
 from lacuna.errors import ConfigError, DataError, MissingExtraError
-from lacuna.experiment.folder import MAPPING
-from lacuna.files import sha256_of, sha256_of_all
+from lacuna.files import sha256_of, sha256_of_all, without_home, write_json
 from lacuna.machine.detect import Device, read_host
-from lacuna.runs.folder import read_status, starts_of, write_json
+from lacuna.runs.folder import read_status, starts_of
 from lacuna.runs.identity import file_entry
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import MAPPING, read_mapping
 
 PACKAGES = (
     "lacuna", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "trl", "peft", "accelerate",
@@ -293,9 +292,3 @@ def weights_fingerprint(folder: Path) -> str:
                 file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def without_home(text: str) -> str:
-    """The home folder, which names the user, as `~`."""
-    home = str(Path.home())
-    return re.sub(rf'(?<![^=:"]){re.escape(home)}(?=[/"]|$)', "~", text) if home != "/" else text

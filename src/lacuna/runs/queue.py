@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lacuna.runs.folder import write_whole
+from lacuna.files import write_whole
 
 KEPT_SECONDS = 30
 OVER = {

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.errors import RunError
-from lacuna.experiment.folder import MAPPING
 from lacuna.runs.folder import is_held, read_status, starts_of
 from lacuna.runs.identity import CHANGED, changed_inputs
 from lacuna.runs.jobs import Submission, read_submissions
 from lacuna.runs.logs import last_words, tail
-from lacuna.runs.mapping import RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
 from lacuna.visible import visible
 

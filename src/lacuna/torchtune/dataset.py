@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.trees import get
 from lacuna.data.formats import Broken, read_file
 from lacuna.errors import LacunaError
+from lacuna.words import did_you_mean
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 SOURCES = ("json", "csv", "parquet", "text")

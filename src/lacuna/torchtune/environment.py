@@ -16,12 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.trees import leaves
 from lacuna.config.yaml_format import parse_yaml
-from lacuna.errors import ConfigError
-from lacuna.experiment.checks import Problem
+from lacuna.errors import ConfigError, Problem
 from lacuna.torchtune.recipe import RecipeFacts, recipe_facts
+from lacuna.words import did_you_mean
 
 VERSION = "0.6.1"
 FOLDER = ".venv-torchtune"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.trees import MISSING, get
-from lacuna.files import sha256_of, sha256_of_all
+from lacuna.files import sha256_of, sha256_of_all, without_home
 from lacuna.machine.detect import Device, nvidia_smi
 from lacuna.runs.provenance import (
     PACKAGES,
@@ -21,7 +21,6 @@ from lacuna.runs.provenance import (
     parent_run,
     slurm_facts,
     weights_fingerprint,
-    without_home,
 )
 from lacuna.version import __version__
 

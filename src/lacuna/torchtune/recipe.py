@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.files import did_you_mean
 from lacuna.config.trees import MISSING, Values, get, kind, leaves
 from lacuna.config.yaml_format import parse_yaml
-from lacuna.experiment.checks import Problem
+from lacuna.errors import Problem
+from lacuna.words import did_you_mean
 
 METHODS_OF_A_MAPPING = {"get", "pop", "keys", "items"}
 READ_BY_ANOTHER_NAME = {"profiler"}

@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError, RunError
+from lacuna.files import write_whole
 from lacuna.processes import LOOK_SECONDS, SIGNALS, TAIL_CHUNKS, Asked, run_watched
 from lacuna.runs.final import damage_of_final, entries_of, sync
-from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status, write_whole
+from lacuna.runs.folder import locked, read_status, refuse_foreign_folder, starts_of, write_status
 from lacuna.runs.logs import last_words
 from lacuna.runs.metrics import MetricsLog
 from lacuna.runs.provenance import add_facts, write_provenance

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from lacuna.errors import RunError
+from lacuna.files import write_json, write_whole
 from lacuna.runs.final import sync
-from lacuna.runs.folder import write_json, write_whole
 from lacuna.runs.identity import Identity
 from lacuna.runs.metrics import Mark
 from lacuna.train.kept import Regular, checkpoint_name, entry, manifest_text, superfluous

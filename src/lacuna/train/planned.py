@@ -7,12 +7,13 @@ import torch
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, describe, savings
-from lacuna.cost.memory import GIB, Step, step_memory
+from lacuna.cost.memory import Step, step_memory
 from lacuna.cost.shape import model_shape
+from lacuna.cost.step import flat_of, read_shape, step_of
 from lacuna.errors import LacunaError
 from lacuna.machine.detect import Device, choose_device
-from lacuna.preflight.plan import flat_of, read_shape, step_of
 from lacuna.train.model import Execution
+from lacuna.words import GIB
 
 
 def planned_step(

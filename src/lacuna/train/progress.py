@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
+from lacuna.words import format_duration
+
 Describe = Callable[[Mapping[str, float], int, str], str]
 """(metrics, total steps, time that is left or "") → a line."""
 
@@ -66,12 +68,3 @@ class TrainingProgress:
         line = self.describe(metrics, self.total_steps, left)
         self._bar.update(self._task, line=line)
         self.console.print(line)
-
-
-def format_duration(seconds: float) -> str:
-    """`12m 30s`, `3h 05m`, `45s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import MissingExtraError, RunError
-from lacuna.runs.folder import write_json
+from lacuna.files import write_json
 
 OFFLINE = "set WANDB_MODE=offline, which keeps the metrics in the run folder"
 Log = Callable[[int, Mapping[str, float]], None]

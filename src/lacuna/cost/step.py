@@ -1,0 +1,96 @@
+"""The step of a config, as the formulas take it: its model's shape, its adapter, its rows."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lacuna.config.finetune import FinetuneConfig
+from lacuna.config.trainers import Config
+from lacuna.config.training import TrainingConfig
+from lacuna.cost.advice import needs_checkpointing
+from lacuna.cost.memory import Adapter, Step
+from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.machine.detect import Device
+
+
+def flat_of(config: Config) -> TrainingConfig:
+    """In the names of our own loop."""
+    return config.as_sft() if isinstance(config, FinetuneConfig) else config
+
+
+def read_shape(model: str, revision: str | None) -> ModelShape | str:
+    """From a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
+    config = read_config(model, revision)
+    return config if isinstance(config, str) else shape_of(model, config)
+
+
+def shape_of(model: str, config: Mapping[str, Any]) -> ModelShape | str:
+    """From the model's config.json; a sentence where the formula does not know its layers."""
+    return model_shape(config) or f"{model}: its layers are of a kind that the formula does not know; --trace does"
+
+
+def read_config(model: str, revision: str | None) -> dict[str, Any] | str:
+    """The config.json of a folder, the hub's cache or the hub; where that cannot be, a sentence why."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    file = Path(model) / "config.json"
+    if not file.parent.is_dir() and (model.startswith((".", "/")) or model.count("/") > 1):
+        return f"{model}: no such folder"
+    try:
+        place = file if file.parent.is_dir() else Path(hf_hub_download(model, "config.json", revision=revision))
+        config: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        return f"{model}: its config.json is not in the hub's cache, and the hub does not give it"
+    except (OSError, ValueError, HFValidationError) as error:
+        return f"{model}: no config.json could be read: {error}"
+    return config
+
+
+def adapter_of(config: Config) -> Adapter | None:
+    """Of a finetune config; None for training of all weights."""
+    if not isinstance(config, FinetuneConfig):
+        return None
+    training = config.training
+    targets = tuple(dict.fromkeys(target.split(".")[-1] for target in training.target_modules or PROJECTIONS))
+    bits = training.quantization_bits if training.method == "qlora" else None
+    return Adapter(training.lora_r, targets, training.lora_dropout > 0, bits, training.double_quantization)
+
+
+def step_of(
+    config: Config, shape: ModelShape | None, device: Device, longest: int | None = None, attention: str | None = None
+) -> Step:
+    """The step of a config on a device, with activation checkpointing as it will be; on where the shape is not known.
+
+    longest: tokens of the longest sample, where no row can be longer. attention: what `auto` came to, if that is known.
+    Torch's attention on a Mac is planned as one that keeps every score, for its backward pass has no other.
+    # ref: https://github.com/pytorch/pytorch/issues/179294
+    """
+    flat = flat_of(config)
+    adapter = adapter_of(config)
+    bf16 = {"auto": device.type != "cpu" and device.has_bf16}.get(flat.precision, flat.precision == "bf16")
+    attention = attention or ("sdpa" if flat.attention == "auto" else flat.attention)
+    if attention == "flash_attention_2" and device.type != "cuda":
+        attention = "sdpa"
+    if device.type == "mps" and attention == "sdpa":
+        attention = "eager"
+    gpus = flat.gpus
+    step = Step(
+        rows=min(flat.micro_batch_size, math.ceil(flat.batch_size / gpus)),
+        length=min(flat.sequence_length, longest or flat.sequence_length),
+        bf16=bf16,
+        checkpointing=flat.activation_checkpointing is True,
+        device=device.type,
+        accumulates=flat.batch_size > flat.micro_batch_size * gpus,
+        attention=attention,
+        adapter=adapter,
+        processes=gpus,
+    )
+    if flat.activation_checkpointing != "auto" or device.memory is None:
+        return step
+    if shape is None or needs_checkpointing(shape, step, device.memory):
+        return replace(step, checkpointing=True)
+    return step

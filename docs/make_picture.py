@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import ALTERNATIVES, SFTConfig
 from lacuna.cost.memory import Adapter, Step, step_memory
-from lacuna.words import GIB
 from lacuna.cost.shape import ModelShape
 from lacuna.data.chat import Renderer
-from lacuna.data.loader import PackedRow, load_rows, row_order
+from lacuna.data.loader import PackedRow, load_rows
+from lacuna.data.split import row_order
 from lacuna.preflight.preview import preview
 from lacuna.preflight.preview_text import show
 from lacuna.runs.metrics import read_metrics
+from lacuna.words import GIB
 
 WIDTH, HEIGHT = 960, 330
 INK, FAINT, FIRST, SECOND, LEARNED = "#24292f", "#8c959f", "#d0d7de", "#b6c2cf", "#2f6feb"

@@ -134,22 +134,37 @@ def test_the_tables_name_every_option() -> None:
     assert PRETRAIN.keys() == PretrainConfig.model_fields.keys() - SFTConfig.model_fields.keys()
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    """What runs without an option showed, because many options need the same run beside them."""
+    return {}
+
+
 @pytest.mark.parametrize("option", [*SFT, *PRETRAIN])
 def test_option_changes_something(
-    option: str, run: Run, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    option: str,
+    run: Run,
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: dict[str, str],
 ) -> None:
     command, base = ("sft", SFT_BASE) if option in SFT else ("pretrain", PRETRAIN_BASE)
-    seen = []
-    for name, change in (("without", COMPARED_WITH.get(option, {})), ("with", (SFT | PRETRAIN)[option])):
+
+    def seen(name: str, change: Settings) -> str:
         place = tmp_path / name
         place.mkdir()
         monkeypatch.chdir(place)
         settings = {**base, **change}
         if "warmup_steps" in change:
             del settings["warmup_share"]
-        seen.append(observe(run, command, settings, workshop, place))
-    without, with_option = (text.replace("/with/", "/").replace("/without/", "/") for text in seen)
-    assert without != with_option, without
+        return observe(run, command, settings, workshop, place).replace(str(place), "")
+
+    beside = COMPARED_WITH.get(option, {})
+    key = json.dumps([command, beside])
+    if key not in before:
+        before[key] = seen("without", beside)
+    assert seen("with", (SFT | PRETRAIN)[option]) != before[key], before[key]
 
 
 def test_the_same_settings_observe_the_same(

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lacuna.runs.folder import read_status
-
 from lacuna.files import write_json
+from lacuna.runs.folder import read_status
 from lacuna.runs.mapping import read_mapping
 
 RUNS = Path("runs/quickstart")

@@ -13,7 +13,8 @@ from lacuna.experiment import folder
 from lacuna.experiment.base import Base
 from lacuna.experiment.checks import check_run
 from lacuna.experiment.design import Design, Run, design
-from lacuna.files import without_home
+from lacuna.files import digest, without_home
+from lacuna.runs.mapping import MAPPING, seal
 from lacuna.torchtune import environment as torchtune
 from lacuna.torchtune.recipe import check_recipe
 
@@ -57,7 +58,7 @@ def generate(
     texts = {f"{run.id}.yaml": dump_yaml(run.values) for run in planned.runs}
     mapping = _mapping(planned, texts, output)
     notes = [*planned.notes, *_existing(planned)]
-    with folder.staged(output, {**texts, folder.MAPPING: folder.seal(dump_yaml(mapping))}, force) as stage:
+    with folder.staged(output, {**texts, MAPPING: seal(dump_yaml(mapping))}, force) as stage:
         configs = {run.id: run.values for run in planned.runs}
         problems = check_configs(planned.base, configs, planned.touched, stage) if validate else []
         stopping = [problem for problem in problems if problem.kind == "wrong" or (strict and problem.stops_a_start)]
@@ -144,7 +145,7 @@ def _mapping(planned: Design, texts: Mapping[str, str], output: Path) -> dict[st
                 "params": run.settings,
                 "seed": run.seed,
                 "config": f"{run.id}.yaml",
-                "sha256": folder.digest(texts[f"{run.id}.yaml"].encode()),
+                "sha256": digest(texts[f"{run.id}.yaml"].encode()),
                 "output_dir": run.output_dir,
             }
             for run in planned.runs

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from lacuna.platform import services
 
 from conftest import Run
 from hub_server import serve
 from lacuna.config.training import SFTConfig
 from lacuna.errors import ModelError
+from lacuna.preflight import services
 from lacuna.preflight.check import Check, Examination, as_text
 from lacuna.preflight.probes import reinstall
 from lacuna.preflight.starts import check_start, check_weights

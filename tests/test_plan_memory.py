@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lacuna.plan import trace
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from lacuna.config.finetune import TrainingSection
 from lacuna.cost.memory import QUANTISED_BYTES, Adapter, Step, chunk_of, step_memory, total
 from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
 from lacuna.finetune.adapters import _keep_as_loaded, quantisation
+from lacuna.preflight import trace
 from lacuna.words import GIB
 from model_configs import MODELS
 

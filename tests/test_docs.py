@@ -45,6 +45,7 @@ RUN_ELSEWHERE = {
     "make test-processors": "make test runs the same tests, as the processor at hand does them",
     "make lint": ".ci/run runs it",
     "make test-uv": ".ci/run runs it",
+    "make test-long": ".ci/run runs it",
     "make torchtune": "make test begins with it",
     "make coverage": ".ci/run runs it",
     "make bench": "tests/test_benchmarks.py runs its programs, with fewer steps",
@@ -352,7 +353,8 @@ def test_your_own_data_with_a_hub_model(checkout: Path, hub_endpoint: str, tmp_p
     assert json.loads(chats.read_text().splitlines()[0]).keys() == {"messages"}
     home = {"HF_ENDPOINT": hub_endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     seen = call("lacuna data my_chats.jsonl --config configs/sft_qwen.toml", checkout, **home)
-    assert "documents  1,500" in seen
+    assert "documents  1,425" in seen
+    assert "documents  75\n" in seen, "the share that the config keeps for validation, as the run does"
     planned = call("lacuna plan configs/sft_qwen.toml --device h100", checkout, **home)
     assert "at the peak of a step: fits" in planned
     printed = call("sft @ configs/sft_qwen.toml --dataset my_chats.jsonl", checkout, **home)

@@ -94,7 +94,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     """Raise RunError where the folder holds something that is not a run: nothing of it may be mixed up or lost."""
     if not folder.exists() or (folder / "status.json").exists():
         return
-    if (folder / "provenance.json").exists() and any(folder.glob("config.*")):  # a run that has lost its status
+    if (folder / "provenance.json").exists() and (folder / "config.toml").exists():  # a run that has lost its status
         return
     if not folder.is_dir():
         raise RunError(f"output_dir {folder} is a file")

@@ -46,7 +46,7 @@ TORCH_FREE = [
     "lacuna.reports.verdict", "lacuna.runs.card", "lacuna.runs.final", "lacuna.runs.folder",
     "lacuna.runs.identity", "lacuna.runs.jobs", "lacuna.runs.logs", "lacuna.runs.mapping", "lacuna.runs.metrics",
     "lacuna.runs.provenance", "lacuna.runs.queue", "lacuna.runs.same", "lacuna.runs.status",
-    "lacuna.torchtune.dataset", "lacuna.torchtune.environment", "lacuna.torchtune.facts",
+    "lacuna.torchtune.checks", "lacuna.torchtune.dataset", "lacuna.torchtune.environment", "lacuna.torchtune.facts",
     "lacuna.torchtune.inside_checks", "lacuna.torchtune.inside_counts", "lacuna.torchtune.log",
     "lacuna.torchtune.memory", "lacuna.torchtune.model", "lacuna.torchtune.recipe", "lacuna.torchtune.run",
     "lacuna.torchtune.steps", "lacuna.torchtune.templates", "torchtune_config_writer",

@@ -1,9 +1,12 @@
-"""Small real runs of what training is built on, each in a child process: `python -m lacuna.preflight.probes NAME…`.
+"""Whether what training is built on works, in a child process: `python -m lacuna.preflight.probes NAME…`.
+
+torch, bitsandbytes, flash-attn and the C compiler make a small real run; of the others it is enough that they import.
 
 A library that ends its process, at import or later, ends the child, not the doctor. Nothing here imports torch, or any
 of them, before it is probed.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +24,7 @@ from subprocess import run
 from lacuna.installation import install_command, pip_command
 from lacuna.machine.detect import GIB, accelerators, nvidia_driver, read_host
 from lacuna.preflight.check import Check
-from lacuna.preflight.libraries import LIBRARIES
+from lacuna.preflight.libraries import bitsandbytes, flash_attn
 
 EXTRAS = {
     "torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train", "peft": "finetune",
@@ -159,14 +162,22 @@ def install(name: str) -> str:
     return install_command(EXTRAS[name])
 
 
+RUNS: dict[str, Callable[[], Check | str]] = {"bitsandbytes": bitsandbytes, "flash-attn": flash_attn}
+
+
 def _library(name: str) -> Check:
-    result = LIBRARIES[name]()
+    """Run, or import it, and compare its version with what lacuna wants."""
+    result = RUNS[name]() if name in RUNS else _imported(name)
     if isinstance(result, Check):
         return result
-    unmet = _unmet(name)
-    if unmet:
-        return Check(name, "warning", f"{_version(name)}works ({result}), but lacuna wants {unmet}", install(name))
+    if unmet := _unmet(name):
+        return Check(name, "warning", f"{_version(name)}{result}, but lacuna wants {unmet}", install(name))
     return Check(name, "ok", f"{_version(name)}{result}")
+
+
+def _imported(name: str) -> str:
+    importlib.import_module(name)
+    return "imports"
 
 
 def _version(name: str) -> str:

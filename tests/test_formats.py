@@ -12,22 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacuna.data.formats import (
-    EXAMPLES,
-    Broken,
-    Conversation,
-    Example,
-    Row,
-    Text,
-    find_files,
-    peek,
-    read_file,
-    within_limit,
-)
+from lacuna.data.find import find_files
+from lacuna.data.formats import EXAMPLES, Broken, Conversation, Example, Row, Text, peek, read_file, within_limit
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
-ENDINGS = ".jsonl, .json, .csv, .parquet, .txt, .md"
+ENDINGS = ".jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet, .arrow, .txt, .md"
 
 
 def rows_in(path: Path) -> list[Row | Broken]:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lacuna.config.training import SFTConfig, TrainingConfig
 from lacuna.data.chat import EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
-from lacuna.data.formats import Broken, Example, Row, find_files, peek, read_file, within_limit
+from lacuna.data.find import find_files, say_left_out
+from lacuna.data.formats import Broken, Example, Row, peek, read_file, within_limit
 from lacuna.data.hub import hub_rows
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
@@ -130,6 +131,7 @@ def open_source(source: Source, report: Report) -> tuple[Schema, Iterator[Row | 
     dataset, kind = source.dataset, source.kind
     files = find_files(dataset, kind, source.split)
     if files is not None:
+        say_left_out(dataset, kind, source.split, report)
         rows: Iterator[Row | Broken] = (row for file in files for row in read_file(file, kind))
     else:
         rows = (row for row, _ in hub_rows(source.subset, dataset, source.split, None, source.streaming))

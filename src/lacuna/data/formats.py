@@ -4,25 +4,22 @@ A row keeps its origin (`file:line`) until it is tokens, so that every complaint
 """
 
 import csv
-import glob
+import gzip
 import json
-import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lacuna.errors import DataError, MissingExtraError
-from lacuna.words import did_you_mean
 
-ENDINGS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+ENDINGS = {
+    ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text", ".md": "text",
+}  # fmt: skip
+SEPARATORS = ",;\t|"
 SHOWN_PROBLEMS = 10
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""What files of a split are called. # ref: https://huggingface.co/docs/hub/datasets-file-names-and-splits"""
 
 EXAMPLES = """
     .jsonl    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -66,71 +63,17 @@ class Text:
 Example = Conversation | Text
 
 
-def find_files(dataset: str, kind: str = "auto", split: str = "train") -> list[Path] | None:
-    """The files that a data set's name stands for, sorted; None where it is the name of a hub data set.
-
-    kind: "auto" goes by the endings. split: of a folder whose files are named by split, such as train.jsonl.
-    Raises DataError: nothing there, an unknown ending, no such split, or a folder with several kinds of files.
-    """
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        file_kind(path, kind)
-        return [path]
-    if path.is_dir():
-        endings = [ending for ending, its_kind in ENDINGS.items() if kind in ("auto", its_kind)]
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in endings and _is_data(p, path))
-        if not files:
-            raise DataError(f"{dataset}: the folder holds no {', '.join(endings)} files")
-        files = _of_split(files, path, split)
-    elif any(character in dataset for character in "*?["):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not files:
-            raise DataError(f"{dataset}: no file matches")
-    elif (
-        path.suffix in ENDINGS
-        or dataset.startswith(("/", ".", "~"))
-        or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", dataset)
-    ):
-        nearby = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = did_you_mean(str(path), nearby)
-        if not path.suffix:
-            hint += (
-                f"; to download data into it: hf download OWNER/{path.name} --repo-type dataset --local-dir {dataset}"
-            )
-        raise DataError(f"{dataset}: no such file or folder{hint}")
-    else:
-        return None
-    kinds = sorted({file_kind(file, kind) for file in files})
-    if len(kinds) > 1:
-        raise DataError(
-            f"{dataset}: several kinds of files ({', '.join(kinds)}); choose one with a glob such as {path}/*.jsonl"
-        )
-    return files
-
-
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Those whose names say that they belong to the split; all where no name says anything of splits."""
-    wanted = SPLIT_WORDS.get(split, (split,))
-    known = [*wanted, *(word for words in SPLIT_WORDS.values() for word in words)]
-    parts = {file: re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower()) for file in files}
-    named = [file for file in files if any(word.lower() in parts[file] for word in known)]
-    chosen = [file for file in named if any(word.lower() in parts[file] for word in wanted)]
-    if not chosen and (named or split not in SPLIT_WORDS):
-        shown = ", ".join(str(file.relative_to(folder)) for file in files[:SHOWN_PROBLEMS])
-        raise DataError(f"{folder}: no file is named for the split {split!r}; there are: {shown}")
-    return chosen or files
-
-
-def _is_data(file: Path, folder: Path) -> bool:
-    """Neither hidden nor the card of a data set that was downloaded."""
-    return file.name != "README.md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def ending_of(path: Path) -> str:
+    """`.jsonl`, or `.jsonl.gz`."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def file_kind(path: Path, kind: str = "auto") -> str:
     """How a file is read. Raises DataError for an ending that says nothing of it."""
-    if kind == "auto" and path.suffix not in ENDINGS:
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(ENDINGS)}{EXAMPLES}")
-    return ENDINGS[path.suffix] if kind == "auto" else kind
+    ending = ending_of(path)
+    if kind == "auto" and ending not in ENDINGS:
+        raise DataError(f"{path}: unknown ending {ending!r}; known: {', '.join(ENDINGS)}{EXAMPLES}")
+    return ENDINGS[ending] if kind == "auto" else kind
 
 
 def read_file(path: Path, kind: str = "auto") -> Iterator[Row | Broken]:
@@ -138,15 +81,18 @@ def read_file(path: Path, kind: str = "auto") -> Iterator[Row | Broken]:
 
     Raises DataError where the file as a whole cannot be read.
     """
-    reader = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "text": _read_text}
+    reader = {
+        "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow,
+        "text": _read_text,
+    }  # fmt: skip
     try:
         yield from reader[file_kind(path, kind)](path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Broken]:
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -188,7 +134,9 @@ def _object(values: Any, origin: str) -> Row | Broken:
 def _read_csv(path: Path) -> Iterator[Row | Broken]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        separator = _separator(file.readline())
+        file.seek(0)
+        reader = csv.reader(file, strict=True, delimiter=separator)
         line = 1
         try:
             header = next(reader, [])
@@ -205,6 +153,11 @@ def _read_csv(path: Path) -> Iterator[Row | Broken]:
             raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
 
 
+def _separator(header: str) -> str:
+    """A comma; or what else stands in the first line, where no comma does."""
+    return next((candidate for candidate in SEPARATORS if candidate in header), ",")
+
+
 def _read_parquet(path: Path) -> Iterator[Row | Broken]:
     try:
         import pyarrow
@@ -217,9 +170,40 @@ def _read_parquet(path: Path) -> Iterator[Row | Broken]:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, f"{path}: row {number}")
+                    yield Row(of_arrow(values), f"{path}: row {number}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
+
+
+def _read_arrow(path: Path) -> Iterator[Row | Broken]:
+    """A file of a folder that `save_to_disk` wrote."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise MissingExtraError("train", "pyarrow") from None
+    try:
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+            number = 0
+            for batch in stream:
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(of_arrow(values), f"{path}: row {number}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Arrow file: {error}") from None
+
+
+def of_arrow(values: dict[str, Any]) -> dict[str, Any]:
+    """A row without the nulls below its columns: all structs of a column have the keys of all rows, and what a row does
+    not have is null there."""
+    return {name: _without_nulls(value) for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def _read_text(path: Path) -> Iterator[Row | Broken]:

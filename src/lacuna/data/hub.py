@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from lacuna.config.training import TrainingConfig
-from lacuna.data.formats import Broken, Row, find_files
+from lacuna.data.find import find_files
+from lacuna.data.formats import Broken, Row, of_arrow
 from lacuna.errors import DataError, MissingExtraError
 from lacuna.visible import shown_url, visible, without_passwords
 from lacuna.words import did_you_mean
@@ -110,7 +111,7 @@ def hub_rows(subset: str | None, name: str, split: str, state: Any, streaming: b
             data.load_state_dict(state["hub"])
         for values in data:
             number += 1
-            yield Row(values, f"{name} ({split}): row {number}"), partial(_state, builder, data, number)
+            yield Row(of_arrow(values), f"{name} ({split}): row {number}"), partial(_state, builder, data, number)
     except Exception as error:
         raise DataError(f"{name} ({split}): reading broke off after row {number}: {_said(error)}") from error
 

@@ -28,7 +28,7 @@ from lacuna.data.documents import (
     validation_source,
 )
 from lacuna.data.duplicates import find_copies
-from lacuna.data.formats import find_files
+from lacuna.data.find import find_files
 from lacuna.data.packing import pack
 from lacuna.data.split import PREPARATION, divide, row_order
 from lacuna.errors import DataError, LacunaError

@@ -1,11 +1,11 @@
 """Rows → conversations and texts: what the columns mean. Nothing here imports torch."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lacuna.data.formats import Broken, Conversation, Example, Message, Row, Text
+from lacuna.data.messages import OF_A_TURN, RowError, messages_of, text_of, tools_of, turns_of, unlearned, with_system
 from lacuna.errors import DataError
 
 
@@ -19,10 +19,6 @@ class Schema:
     unused_columns: list[str]
 
 
-class RowError(ValueError):
-    """A row does not have the shape that its schema says."""
-
-
 def detect_schema(rows: Sequence[Row], wanted: str, text_column: str, where: str) -> Schema:
     """Find the schema from the columns of the first rows, or check the one that the user gave.
 
@@ -31,19 +27,20 @@ def detect_schema(rows: Sequence[Row], wanted: str, text_column: str, where: str
     columns = dict.fromkeys(column for row in rows for column in row.values)
     conversations = next((row.values["conversations"] for row in rows if row.values.get("conversations")), None)
     turn = conversations[0] if isinstance(conversations, list) else None
-    openai_style = isinstance(turn, Mapping) and "role" in turn
+    openai_style = isinstance(turn, Mapping) and "role" in turn and "content" in turn
     chat_column = "conversations" if "messages" not in columns and openai_style else "messages"
     candidates: dict[str, tuple[list[str], list[str], Callable[[Row], Example]]] = {
-        "chat": ([chat_column], ["tools"], lambda row: _chat(row, chat_column)),
+        "chat": ([chat_column], ["system", "tools"], lambda row: _chat(row, chat_column)),
         "sharegpt": (["conversations"], ["system", "tools"], _sharegpt),
-        "prompt_completion": (["prompt", "completion"], ["tools"], _prompt_completion),
-        "instruction": (["instruction", "output"], ["input", "system"], _instruction),
-        "text": ([text_column], [], lambda row: Text(_text(row.values[text_column], text_column), row.origin)),
+        "prompt_completion": (["prompt", "completion"], ["system", "tools"], _prompt_completion),
+        "instruction": (["instruction", "output"], ["input", "system", "tools"], _instruction),
+        "text": ([text_column], [], lambda row: Text(text_of(row.values[text_column], text_column), row.origin)),
     }
     for name, (needed, optional, convert) in candidates.items():
         if wanted in ("auto", name) and all(column in columns for column in needed):
             given = "given" if wanted == name else "found"
             unused = [column for column in columns if column not in needed + optional]
+            unused += _unused_of_turns(rows) if name == "sharegpt" else []
             return Schema(name, f"{name} ({given}: column {' and '.join(needed)})", convert, unused)
     needs = [
         f"{name}: {' and '.join(needed)}" for name, (needed, _, _) in candidates.items() if wanted in ("auto", name)
@@ -65,107 +62,43 @@ def to_examples(rows: Iterable[Row | Broken], schema: Schema) -> Iterator[Exampl
             yield Broken(row.origin, str(error))
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{name} is {type(value).__name__}, not text")
-    return value
-
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
-
-
 def _chat(row: Row, column: str) -> Conversation:
-    return Conversation(_messages(row.values[column], column), _tools(row), row.origin)
-
-
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.values.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    except ValueError as error:
-        raise RowError(f"tools is not valid JSON: {error}") from None
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("tools is not a list of objects")
-    return tools or None
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{name} is not a list of messages, or is empty")
-    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(item: Any, name: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowError(f"{name} is {type(item).__name__}, not an object with role and content")
-    message = {key: value for key, value in item.items() if value is not None}
-    if message.get("role") not in ROLES:
-        raise RowError(f"{name}.role is {message.get('role')!r}; known roles: {', '.join(ROLES)}")
-    if message.get("weight", 1) not in (0, 1):
-        raise RowError(f"{name}.weight is {message['weight']!r}; it is 0 or 1")
-    if calls := message.get("tool_calls"):
-        if not isinstance(calls, list):
-            raise RowError(f"{name}.tool_calls is {type(calls).__name__}, not a list")
-        message["tool_calls"] = [_tool_call(call, f"{name}.tool_calls") for call in calls]
-        message.setdefault("content", "")
-    content = message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-            raise RowError(f"{name}.content has parts that are not text")
-        content = "".join(_text(part.get("text"), f"{name}.content") for part in content)
-    message["content"] = _text(content, f"{name}.content")
-    return message
-
-
-def _tool_call(call: Any, name: str) -> dict[str, Any]:
-    """OpenAI writes a call's arguments as JSON text, the templates expect the object itself."""
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
-        raise RowError(f"{name} has an entry without a function")
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"])
-        except ValueError as error:
-            raise RowError(f"{name}: the arguments are not valid JSON: {error}") from None
-    return {**call, "function": function}
+    messages = messages_of(row.values[column], column)
+    return _conversation(row, messages)
 
 
 def _sharegpt(row: Row) -> Conversation:
-    turns = row.values["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise RowError("conversations is not a list of turns, or is empty")
-    messages = _system(row)
-    for index, turn in enumerate(turns):
-        speaker = turn.get("from") if isinstance(turn, Mapping) else turn
-        if not isinstance(turn, Mapping) or not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise RowError(f"conversations[{index}].from is {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}")
-        content = _text(turn.get("value"), f"conversations[{index}].value")
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": content})
-    return Conversation(messages, _tools(row), row.origin)
-
-
-def _system(row: Row) -> list[Message]:
-    system = row.values.get("system")
-    return [{"role": "system", "content": _text(system, "system")}] if system else []
+    return _conversation(row, turns_of(row.values["conversations"], "conversations"))
 
 
 def _prompt_completion(row: Row) -> Conversation:
-    messages: list[Message] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row.values[column]
-        plain = [{"role": role, "content": _text(value, column)}] if not isinstance(value, list) else []
-        messages += plain or _messages(value, column)
-    return Conversation(messages, _tools(row), row.origin)
+    """The completion is learned, and nothing of the prompt."""
+    prompt = _as_messages(row.values["prompt"], "prompt", "user")
+    return _conversation(row, [*unlearned(prompt), *_as_messages(row.values["completion"], "completion", "assistant")])
+
+
+def _as_messages(value: Any, column: str, role: str) -> list[Message]:
+    if isinstance(value, list):
+        return messages_of(value, column)
+    return [{"role": role, "content": text_of(value, column)}]
 
 
 def _instruction(row: Row) -> Conversation:
-    question = _text(row.values["instruction"], "instruction")
+    question = text_of(row.values["instruction"], "instruction")
     if row.values.get("input"):
-        question += "\n\n" + _text(row.values["input"], "input")
-    answer = _text(row.values["output"], "output")
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Conversation(_system(row) + turns, None, row.origin)
+        question += "\n\n" + text_of(row.values["input"], "input")
+    answer = text_of(row.values["output"], "output")
+    return _conversation(row, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def _conversation(row: Row, messages: list[Message]) -> Conversation:
+    """With the system message and the tools that stand in columns of their own."""
+    with_all = with_system(messages, row.values.get("system"))
+    return Conversation(with_all, tools_of(row.values.get("tools")), row.origin)
+
+
+def _unused_of_turns(rows: Sequence[Row]) -> list[str]:
+    """Keys that ShareGPT's turns have and nothing reads."""
+    turns = [turn for row in rows for turn in row.values.get("conversations") or () if isinstance(turn, Mapping)]
+    keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None)
+    return [f"conversations[].{key}" for key in keys if key not in OF_A_TURN]

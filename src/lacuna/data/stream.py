@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.chat import Renderer, Sample, Unusable
 from lacuna.data.documents import Report, pieces
-from lacuna.data.formats import Broken, Row, Text, find_files, read_file, within_limit
+from lacuna.data.find import find_files, say_left_out
+from lacuna.data.formats import Broken, Row, Text, read_file, within_limit
 from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
 from lacuna.data.loader import Batch, PackedRows, Place, Position, pack_samples
 from lacuna.data.schemas import Schema, detect_schema, to_examples
@@ -136,6 +137,7 @@ def check_stream(config: TrainingConfig, report: Report) -> None:
     """Read the first text of a stream, so that a source that cannot be read is known before a model is loaded."""
     if not isinstance(config, PretrainConfig) or not config.streaming:
         return
+    say_left_out(config.dataset, config.dataset_format, config.dataset_split, report)
     if next(_stream_examples(config, None, report), None) is None:
         raise DataError(f"{config.dataset}: there is no text in it")
 

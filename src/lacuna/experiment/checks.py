@@ -11,7 +11,8 @@ from typing import Any
 from lacuna.config.finetune import IN_SFT, FinetuneConfig
 from lacuna.config.names import parameters, value_problem
 from lacuna.config.trees import MISSING, get
-from lacuna.data.formats import find_files, peek, read_file
+from lacuna.data.find import find_files
+from lacuna.data.formats import peek, read_file
 from lacuna.data.schemas import detect_schema
 from lacuna.errors import DataError, MissingExtraError, Problem
 from lacuna.torchtune.checks import check_values

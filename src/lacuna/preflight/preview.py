@@ -24,7 +24,8 @@ from lacuna.data.documents import (
     validation_source,
 )
 from lacuna.data.duplicates import Copies, find_copies
-from lacuna.data.formats import Broken, file_kind, find_files, judge_broken
+from lacuna.data.find import find_files
+from lacuna.data.formats import Broken, file_kind, judge_broken
 from lacuna.data.loader import check_data_settings, refuse_few_rows
 from lacuna.data.packing import count_rows
 from lacuna.data.schemas import Schema, to_examples

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
-from lacuna.data.formats import find_files
+from lacuna.data.find import find_files
 from lacuna.data.hub import hub_commit
 from lacuna.errors import ConfigError, DataError, MissingExtraError
 from lacuna.files import sha256_of, sha256_of_all, without_home, write_json

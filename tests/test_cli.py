@@ -52,6 +52,7 @@ TORCH_FREE = [
     "lacuna.torchtune.memory", "lacuna.torchtune.model", "lacuna.torchtune.recipe", "lacuna.torchtune.run",
     "lacuna.torchtune.steps", "lacuna.torchtune.templates", "torchtune_config_writer",
     "torchtune_config_writer.builder",
+    "lacuna.train.weights",
 ]  # fmt: skip
 FOREIGN_TO_TRAINING = ("cli", "launch", "preflight", "chat", "reports", "experiment", "torchtune")
 NOT_TORCH_FREE = {"preflight/trace.py": "the real step", "reports/text.py": "rich"}

@@ -23,6 +23,7 @@ from lacuna.train.model import (
 )
 from lacuna.train.session import check_resume_path, together
 from lacuna.train.trackers import check_tracker
+from lacuna.train.weights import check_vocabulary, check_weights
 
 Report = Callable[[str], None]
 
@@ -66,7 +67,9 @@ def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report, world:
         lambda: check_tracker(flat, report) if world.is_first else None,
         lambda: check_quantisation(config, device),
         lambda: check_resume_path(flat),
+        lambda: check_weights(flat),
     )[:3]
+    check_vocabulary(flat, model_config, len(tokenizer))
     return tokenizer, model_config, execution
 
 

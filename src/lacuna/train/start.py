@@ -31,6 +31,7 @@ from lacuna.train.session import (
 )
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import check_tracker
+from lacuna.train.weights import check_vocabulary, check_weights
 
 BYTES_PER_PARAMETER = 12 + 4
 """A checkpoint's weight and two moments in fp32, and the final weight."""
@@ -70,7 +71,9 @@ def check_before(
         lambda: check_tracker(config, report) if world.is_first else None,
         lambda: check_stream(config, report),
         lambda: check_resume_path(config),
+        lambda: check_weights(config),
     )[:3]
+    check_vocabulary(config, model_config, len(tokenizer))
     return tokenizer, model_config, execution
 
 

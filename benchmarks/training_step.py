@@ -41,9 +41,10 @@ from trl import SFTTrainer
 
 from fixtures import TRL_TEMPLATE, WORDS, make_tokenizer
 from lacuna.config.training import SFTConfig
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.formats import Conversation
 from lacuna.data.loader import pack_samples
+from lacuna.data.samples import Sample
 from lacuna.runs.metrics import read_metrics
 from lacuna.train.start import train
 

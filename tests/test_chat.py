@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fixtures import CHATML, WORDS
-from lacuna.data.chat import ADVICE, EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
-from lacuna.data.formats import Conversation, Text
+from fixtures import CHATML, WORDS, make_tokenizer
+from lacuna.data.chat import Renderer
+from lacuna.data.formats import Conversation, Message, Text
+from lacuna.data.samples import ADVICE, EARLIER_THOUGHTS, EMPTY_TEXT, Sample, Unusable, stop_on_unusable
 from lacuna.errors import DataError, ModelError
 
 CHATML_MARKED = (
@@ -263,10 +264,100 @@ def test_a_system_prompt_that_wanders_to_the_last_turn_shifts_no_mask() -> None:
     assert learned(subject, found) == [" a</s>", " a2</s>"]
 
 
-def test_thoughts_of_earlier_turns_are_left_out_and_the_last_ones_learned() -> None:
+def test_a_turn_whose_thought_the_template_leaves_out_is_not_learned_and_that_is_said() -> None:
+    """Learned, it would teach not to think."""
     subject = family_renderer("qwen3")
-    found = sample(subject, dialogue("q", "<think>\nhm\n</think>\n\na", "q2", "<think>\nhm2\n</think>\n\na2"))
-    assert learned(subject, found) == ["a<|im_end|>", "<think>\nhm2\n</think>\n\na2<|im_end|>"]
+    inline = dialogue("q", "<think>\nhm\n</think>\n\na", "q2", "<think>\nhm2\n</think>\n\na2")
+    found = sample(subject, inline)
+    assert learned(subject, found) == ["<think>\nhm2\n</think>\n\na2<|im_end|>"]
+    assert found.note == EARLIER_THOUGHTS
+    without = sample(subject, dialogue("q", "a", "q2", "a2"))
+    assert (len(learned(subject, without)), without.note) == (2, "")
+
+
+def test_a_thought_that_the_template_never_writes_stops_the_run() -> None:
+    messages = dialogue("q", "a")
+    messages[1]["reasoning_content"] = "hm"
+    (found,) = family_renderer("chatml").examples([Conversation(messages, None, "here")])
+    assert found == Unusable("left out by the template", "here", "the assistant's thought")
+
+
+def calls(arguments: dict[str, Any], result: str = "-3") -> list[Message]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": result},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+WRITES_CALLS = CHATML.replace(
+    "message['content'] + '<|im_end|>",
+    "message['content'] + (CALL if message.tool_calls else '') + '<|im_end|>",
+)
+"""CALL: what is written of the first call."""
+WHOLE = "(message.tool_calls[0].function | tojson)"
+
+
+@pytest.mark.parametrize(
+    ("written", "tools", "part"),
+    [
+        (WHOLE, None, None),
+        ("'nothing'", None, "the assistant's call of a tool"),
+        ("message.tool_calls[0].function.name", None, "the arguments of the assistant's call of a tool"),
+        (WHOLE, [{"type": "function", "function": {"name": "forecast"}}], "the tools"),
+        (WHOLE, [{"name": "weather"}], None),
+    ],
+)
+def test_calls_tools_and_results_that_the_template_does_not_write_stop_the_run(
+    written: str, tools: list[Any] | None, part: str | None
+) -> None:
+    subject = Renderer(make_tokenizer(WRITES_CALLS.replace("CALL", written)))
+    (found,) = subject.examples([Conversation(calls({"city": 'Os"lo'}), tools, "here")])
+    if part is None:
+        assert isinstance(found, Sample)
+        return
+    assert found == Unusable("left out by the template", "here", part)
+
+
+@pytest.mark.parametrize(
+    ("written", "part"), [("m.content | tojson", None), ("m.content", None), ("''", "the tool's words")]
+)
+def test_a_result_may_be_written_as_json_but_not_left_out(written: str, part: str | None) -> None:
+    template = CHATML.replace("message", "m").replace(
+        "m['content'] +", f"(m.role == 'tool' and ({written}) or m.content) +"
+    )
+    messages = calls({}, 'two\nlines "quoted"')
+    del messages[1]["tool_calls"]
+    messages[1]["content"] = "b"
+    if part is not None:
+        template = template.replace("for m in ms", "for m in messages if m.role != 'tool'")
+    subject = Renderer(make_tokenizer(template.replace("in ms", "in messages")))
+    (found,) = subject.examples([Conversation(messages, None, "here")])
+    assert (found.detail if isinstance(found, Unusable) else None) == part
+
+
+def test_arguments_are_text_where_the_template_takes_nothing_else() -> None:
+    """DeepSeek V3 adds them to a text."""
+    function = "message.tool_calls[0].function"
+    written = f"('call ' + {function}.name + {function}.arguments)"
+    subject = Renderer(make_tokenizer(WRITES_CALLS.replace("CALL", written)))
+    assert subject.takes_arguments_as_text
+    (found,) = subject.examples([Conversation(calls({"city": "Oslo"}), None, "here")])
+    assert isinstance(found, Sample)
+    assert learned(subject, found) == ['call weather{"city": "Oslo"}<|im_end|>', "a<|im_end|>"]
+    assert not family_renderer("chatml").takes_arguments_as_text
+
+
+def test_any_exception_of_a_template_is_a_refusal_with_its_words() -> None:
+    template = CHATML.replace("message['content'] +", "message['content'] + (message.number | default('')) +")
+    subject = Renderer(make_tokenizer(template))
+    messages = dialogue("q", "a")
+    assert isinstance(subject.examples([Conversation(messages, None, "here")])[0], Sample)
+    messages[0]["number"] = 3
+    (found,) = subject.examples([Conversation(messages, None, "here")])
+    assert found == Unusable("refused by the template", "here", 'can only concatenate str (not "int") to str')
 
 
 @pytest.mark.parametrize("name", ["chatml", "chatml marked", "deepseek"])

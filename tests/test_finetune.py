@@ -30,9 +30,10 @@ from transformers import (
 
 from conftest import Outcome, Run, spawn
 from fixtures import WORDS, make_model, make_tokenizer, write_chat
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.formats import Conversation
 from lacuna.data.packing import pack
+from lacuna.data.samples import Sample
 from lacuna.data.split import row_order
 from lacuna.train.checkpoint import CheckpointWriter, TrainingState, restore, tensors_of
 from lacuna.train.kept import best_first, regular_saves, superfluous

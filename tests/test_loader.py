@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fixtures import make_tokenizer, write_chat
 from lacuna.config.training import PretrainConfig, SFTConfig
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.collate import collate
 from lacuna.data.documents import pieces
 from lacuna.data.loader import (
@@ -27,6 +27,7 @@ from lacuna.data.loader import (
     load_rows,
     pack_samples,
 )
+from lacuna.data.samples import Sample
 from lacuna.data.split import row_order
 from lacuna.data.stream import check_stream, stream
 from lacuna.errors import DataError

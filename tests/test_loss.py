@@ -7,8 +7,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from fixtures import make_model
-from lacuna.data.chat import Sample
 from lacuna.data.collate import collate
+from lacuna.data.samples import Sample
 from lacuna.errors import ModelError
 from lacuna.train.loss import chunked_cross_entropy
 from lacuna.train.model import LossModel, prove_loss

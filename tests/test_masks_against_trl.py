@@ -21,7 +21,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from fixtures import WORDS
-from lacuna.data.chat import Renderer, Sample, Unusable
+from lacuna.data.chat import Renderer
+from lacuna.data.samples import Sample, Unusable
 from lacuna.errors import ModelError
 from test_chat import MISTRAL, decoded, dialogue, encoded, learned, result, sample
 

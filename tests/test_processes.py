@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from conftest import SCRIPTS, Process, Run, flags, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.config.training import SFTConfig
-from lacuna.data.chat import Sample
 from lacuna.data.loader import batches, pack_samples
+from lacuna.data.samples import Sample
 from lacuna.errors import ConfigError
 from lacuna.runs.folder import read_status, starts_of, write_status
 from lacuna.runs.metrics import read_metrics

@@ -37,8 +37,9 @@ from lacuna.chat.prompt import chat_tokens, fitting_tokens, plain_tokens
 from lacuna.chat.session import Session, Turn, obey
 from lacuna.chat.settings import Settings
 from lacuna.chat.terminal import Screen, blocks_of
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.formats import Conversation
+from lacuna.data.samples import Sample
 from lacuna.errors import LacunaError, ModelError
 
 CHATS = {

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from fixtures import CHATML, make_tokenizer
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.documents import Source, open_source
 from lacuna.data.find import find_files, left_out
 from lacuna.data.formats import Broken, Conversation
+from lacuna.data.samples import Sample
 from lacuna.data.schemas import to_examples
 from lacuna.errors import DataError
 

@@ -7,8 +7,9 @@ from itertools import pairwise
 import jinja2
 
 from lacuna.chat.answer import without_oldest
-from lacuna.data.chat import SENTINEL, Renderer, Sample
+from lacuna.data.chat import SENTINEL, Renderer
 from lacuna.data.formats import Message, Text
+from lacuna.data.samples import Sample
 from lacuna.errors import ModelError
 
 ROOM = 4

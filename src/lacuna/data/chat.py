@@ -18,46 +18,24 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lacuna.data.formats import SHOWN_PROBLEMS, Conversation, Example, Message, Text
-from lacuna.errors import DataError, ModelError
+from lacuna.data.formats import Conversation, Example, Message, Text
+from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, Sample, Unusable
+from lacuna.data.written import lacks_its_thought, not_written, with_text_arguments
+from lacuna.errors import ModelError
 
 SENTINEL = "\u2045lacuna {}\u2046"
-EMPTY_TEXT = "empty text"
 
 Spans = list[tuple[int, int]]
 """[start, end) characters of a text."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """tokens: [length] ids; supervised: [length] whether the token is one that the model must learn to say."""
+class Rendered:
+    """spans: that the assistant says, of those turns that are learned. note: see Sample."""
 
-    tokens: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A sample that would teach the wrong thing."""
-
-    kind: str
-    origin: str
-    detail: str = ""
-
-
-ADVICE = {
-    "nothing to learn": "no assistant message with text in it (or all have weight 0); leave them out",
-    "everything is learned": "the mask covers the prompt too; check the chat template's generation marks",
-    "doubled BOS": "the text begins with the BOS token that the tokenizer adds too; remove one",
-    "no end of turn": "the model would never learn to stop; the template must write its end-of-turn token after the "
-    "assistant's words, and inside its generation marks where it has them",
-    "control tokens in the text": "they would steer the model as if the template had written them; remove them",
-    "refused by the template": "the chat template does not accept this sequence of messages",
-    "left out by the template": "the chat template does not write this message, so the model would never see it; "
-    "remove it, or pass a template that writes it with --chat-template",
-    "assistant's words not found": "the template rewrites what the assistant says; put {% generation %} marks into it "
-    "and pass it with --chat-template",
-}
+    text: str
+    spans: Spans
+    note: str
 
 
 class Renderer:
@@ -73,13 +51,40 @@ class Renderer:
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The text that the model sees. prompt: end with what asks the assistant to speak."""
         text = self.tokenizer.apply_chat_template(
-            _for_template(messages),
+            self.for_template(messages),
             tools=tools,
             add_generation_prompt=prompt,
             tokenize=False,
         )
         assert isinstance(text, str)
         return text
+
+    def for_template(self, messages: Sequence[Message]) -> list[Message]:
+        """Without what is said to the renderer alone, and with the arguments of calls as the template takes them."""
+        return [self._for_template(message) for message in messages]
+
+    def _for_template(self, message: Message) -> Message:
+        kept = {key: value for key, value in message.items() if key != "weight"}
+        if kept.get("tool_calls") and self.takes_arguments_as_text:
+            kept["tool_calls"] = [with_text_arguments(call) for call in kept["tool_calls"]]
+        return kept
+
+    @cached_property
+    def takes_arguments_as_text(self) -> bool:
+        """Whether the template fails at a call's arguments as an object, and does not where they are JSON text."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"key": "value"}}}
+        return self._fails_at(call) and not self._fails_at(with_text_arguments(call))
+
+    def _fails_at(self, call: dict[str, Any]) -> bool:
+        probe: Any = [{"role": "user", "content": "question"}]
+        probe.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        try:
+            self.tokenizer.apply_chat_template(probe, tokenize=False)
+        except jinja2.TemplateError:
+            return False
+        except Exception:
+            return True
+        return False
 
     @cached_property
     def has_generation_marks(self) -> bool:
@@ -152,23 +157,23 @@ class Renderer:
             tokens, offsets = next(encoded)
             starts, ends = offsets[:, 0], offsets[:, 1]
             supervised = np.zeros(len(tokens), dtype=np.bool_)
-            for start, end in item[1]:
+            for start, end in item.spans:
                 supervised |= (starts >= start) & (starts < end) & (ends > start)
-            samples.append(self._checked(tokens, supervised, conversation.origin))
+            samples.append(self._checked(tokens, supervised, conversation.origin, item.note))
         return samples
 
-    def _encode(self, rendered: list[tuple[str, Spans]]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    def _encode(self, rendered: list[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """Tokens of each text and their [start, end) characters.
 
         No token reaches over the start of a span, because the prompt ends there at inference.
         """
         if not rendered:
             return
-        cuts = [[0, *(start for start, _ in spans if start and self.encodes_in_parts)] for _, spans in rendered]
+        cuts = [[0, *(start for start, _ in item.spans if start and self.encodes_in_parts)] for item in rendered]
         parts = [
-            text[start:end]
-            for (text, _), starts in zip(rendered, cuts, strict=True)
-            for start, end in pairwise([*starts, len(text)])
+            item.text[start:end]
+            for item, starts in zip(rendered, cuts, strict=True)
+            for start, end in pairwise([*starts, len(item.text)])
         ]
         encoding = self.tokenizer(parts, add_special_tokens=False, return_offsets_mapping=True)
         ids = (np.asarray(part, dtype=np.int32) for part in encoding["input_ids"])
@@ -179,15 +184,17 @@ class Renderer:
                 np.concatenate([next(offsets) + start for start in starts]),
             )
 
-    def _checked(self, tokens: NDArray[np.int32], supervised: NDArray[np.bool_], origin: str) -> Sample | Unusable:
+    def _checked(
+        self, tokens: NDArray[np.int32], supervised: NDArray[np.bool_], origin: str, note: str
+    ) -> Sample | Unusable:
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
             return Unusable("doubled BOS", origin)
         if supervised.all():
             return Unusable("everything is learned", origin)
-        return Sample(tokens, supervised)
+        return Sample(tokens, supervised, note)
 
-    def _text_and_spans(self, conversation: Conversation) -> tuple[str, Spans] | Unusable:
+    def _text_and_spans(self, conversation: Conversation) -> Rendered | Unusable:
         """The rendered text and the character spans [start, end) that the assistant says."""
         messages, origin = conversation.messages, conversation.origin
         turns = [message for message in messages if message["role"] == "assistant"]
@@ -210,17 +217,24 @@ class Renderer:
             ]
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template is broken in its line {error.lineno}: {error.message}") from error
-        except jinja2.TemplateError as error:
-            return Unusable("refused by the template", origin, str(error))
-        for message in messages:
-            if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
-                return Unusable("left out by the template", origin, f"the {message['role']}'s words")
+        except ModelError:
+            raise
+        except Exception as error:  # a template is a program of somebody else, and raises what it likes
+            return Unusable("refused by the template", origin, str(error) or type(error).__name__)
+        if (part := not_written(messages, conversation.tools, text)) is not None:
+            return Unusable("left out by the template", origin, part)
         if spans is None or len(spans) != len(turns):
             return Unusable("assistant's words not found", origin)
-        learned = [(span, ended) for span, ended, turn in zip(spans, ends, turns, strict=True) if turn.get("weight", 1)]
+        stripped = [lacks_its_thought(turn, text[start:end]) for turn, (start, end) in zip(turns, spans, strict=True)]
+        if stripped[-1]:
+            return Unusable("left out by the template", origin, "the assistant's thought")
+        whole = zip(spans, ends, turns, stripped, strict=True)
+        learned = [(span, ended) for span, ended, turn, lacks in whole if turn.get("weight", 1) and not lacks]
+        if not learned:
+            return Unusable("nothing to learn", origin)
         if not all(ended for _, ended in learned):
             return Unusable("no end of turn", origin)
-        return text, [span for span, _ in learned]
+        return Rendered(text, [span for span, _ in learned], EARLIER_THOUGHTS if any(stripped) else "")
 
     def _ends(self, words: str, is_last: bool) -> bool:
         """Whether a turn ends with the end-of-turn token, and so for all that is known not with a later turn's."""
@@ -229,7 +243,7 @@ class Renderer:
     def _marked_spans(self, conversation: Conversation) -> Spans:
         """The template's `{% generation %}` blocks, without what they hold after the end-of-turn token."""
         rendered: Any = render_jinja_template(
-            conversations=[_for_template(conversation.messages)],
+            conversations=[self.for_template(conversation.messages)],
             tools=conversation.tools,
             chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
             return_assistant_tokens_mask=True,
@@ -331,19 +345,3 @@ class Renderer:
                 "take the model's instruct version, or pass a Jinja file with --chat-template"
             )
         return self.conversations([example for example in batch if isinstance(example, Conversation)])
-
-
-def _for_template(messages: Sequence[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-
-
-def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
-    """Raise one DataError that counts every kind and names the first sample of each."""
-    problems = []
-    for kind in dict.fromkeys(item.kind for item in unusable):
-        found = [item for item in unusable if item.kind == kind]
-        detail = f" ({found[0].detail})" if found[0].detail else ""
-        others = f" (also {', '.join(item.origin for item in found[1:SHOWN_PROBLEMS])})" if found[1:] else ""
-        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {ADVICE[kind]}")
-    if problems:
-        raise DataError(problems)

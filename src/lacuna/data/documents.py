@@ -1,7 +1,7 @@
 """A data set as documents of tokens, each of them whole, and the pieces of them that are trained on."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacuna.config.training import SFTConfig, TrainingConfig
-from lacuna.data.chat import EMPTY_TEXT, Renderer, Sample, Unusable, stop_on_unusable
+from lacuna.data.chat import Renderer
 from lacuna.data.find import find_files, say_left_out
 from lacuna.data.formats import Broken, Example, Row, peek, read_file, within_limit
 from lacuna.data.hub import hub_rows
+from lacuna.data.samples import EMPTY_TEXT, Sample, Unusable, stop_on_unusable
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.errors import DataError
 
@@ -72,6 +73,8 @@ class Documents:
     unusable: list[Unusable]
     total: int
     """Documents, with those that are empty or unusable."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """What is to be said of some documents, with the origin of each."""
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -159,6 +162,7 @@ def render(examples: Iterable[Example], renderer: Renderer, is_text: bool) -> Do
     origins: list[str] = []
     empty: list[Unusable] = []
     unusable: list[Unusable] = []
+    notes: dict[str, list[str]] = {}
     total = 0
     while chunk := list(islice(examples, 1000)):
         total += len(chunk)
@@ -167,13 +171,15 @@ def render(examples: Iterable[Example], renderer: Renderer, is_text: bool) -> Do
             if isinstance(result, Sample):
                 found.append(result)
                 origins.append(example.origin)
+                if result.note:
+                    notes.setdefault(result.note, []).append(example.origin)
             else:
                 (empty if result.kind == EMPTY_TEXT else unusable).append(result)
         tokens += [sample.tokens for sample in found]
         supervised += [sample.supervised for sample in found]
     starts = np.cumsum([len(part) for part in tokens], dtype=np.int64)
     return Documents(
-        is_text, np.concatenate(tokens), np.concatenate(supervised), starts, origins, empty, unusable, total
+        is_text, np.concatenate(tokens), np.concatenate(supervised), starts, origins, empty, unusable, total, notes
     )
 
 
@@ -182,6 +188,8 @@ def refuse_unusable(documents: Documents, dataset: str, report: Report) -> None:
     stop_on_unusable(documents.unusable, documents.total)
     if not len(documents):
         raise DataError(f"{dataset}: all {documents.total} texts in it are empty")
+    for note, origins in documents.notes.items():
+        report(f"{dataset}: {len(origins):,} of {documents.total:,} conversations: {note}; the first: {origins[0]}")
     if empty := documents.empty:
         report(f"{len(empty)} of {documents.total} texts are empty and left out; the first: {empty[0].origin}")
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacuna.config.training import TrainingConfig
-from lacuna.data.chat import Renderer, Sample
+from lacuna.data.chat import Renderer
 from lacuna.data.documents import (
     Documents,
     Part,
@@ -30,6 +30,7 @@ from lacuna.data.documents import (
 from lacuna.data.duplicates import find_copies
 from lacuna.data.find import find_files
 from lacuna.data.packing import pack
+from lacuna.data.samples import Sample
 from lacuna.data.split import PREPARATION, divide, row_order
 from lacuna.errors import DataError, LacunaError
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lacuna.data.formats import Message
+from lacuna.data.written import thought_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -150,7 +151,7 @@ def _weight(turn: Mapping[str, Any], name: str) -> Message:
 
 def _unlearned_if_empty(message: Message) -> Message:
     """A turn without a word or a call would teach to answer nothing."""
-    says = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    says = message["content"].strip() or message.get("tool_calls") or thought_of(message)
     return message if says or message["role"] != "assistant" else {**message, "weight": 0}
 
 

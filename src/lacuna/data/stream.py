@@ -16,12 +16,13 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerFast
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
-from lacuna.data.chat import Renderer, Sample, Unusable
+from lacuna.data.chat import Renderer
 from lacuna.data.documents import Report, pieces
 from lacuna.data.find import find_files, say_left_out
 from lacuna.data.formats import Broken, Row, Text, read_file, within_limit
 from lacuna.data.hub import RowsWithState, hub_beginning, hub_rows
 from lacuna.data.loader import Batch, PackedRows, Place, Position, pack_samples
+from lacuna.data.samples import Sample, Unusable
 from lacuna.data.schemas import Schema, detect_schema, to_examples
 from lacuna.data.split import row_order
 from lacuna.errors import DataError

@@ -9,10 +9,10 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from lacuna.config.training import SFTConfig
-from lacuna.data.chat import Sample
 from lacuna.data.collate import MicroBatch, collate
 from lacuna.data.loader import Batch, PackedRow, batches
 from lacuna.data.packing import pack
+from lacuna.data.samples import Sample
 from lacuna.train.loop import Prepared
 
 

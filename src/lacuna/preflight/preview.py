@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
-from lacuna.data.chat import Renderer, Unusable
+from lacuna.data.chat import Renderer
 from lacuna.data.documents import (
     Documents,
     Part,
@@ -28,6 +28,7 @@ from lacuna.data.find import find_files
 from lacuna.data.formats import Broken, file_kind, judge_broken
 from lacuna.data.loader import check_data_settings, refuse_few_rows
 from lacuna.data.packing import count_rows
+from lacuna.data.samples import Unusable
 from lacuna.data.schemas import Schema, to_examples
 from lacuna.data.split import divide
 from lacuna.errors import LacunaError

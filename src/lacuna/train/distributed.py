@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lacuna.config.training import TrainingConfig
-from lacuna.data.chat import Sample
 from lacuna.data.loader import PackedRow, PackedRows, Place
+from lacuna.data.samples import Sample
 from lacuna.errors import ConfigError, LacunaError, RunError
 from lacuna.train.checkpoint import gather, weights_of
 from lacuna.train.model import Execution, LossModel, transformer_blocks

@@ -3,8 +3,10 @@ BIN := .venv/bin
 
 .PHONY: install torchtune quickstart test test-uv test-long test-processors lint coverage bench memory
 
-NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_memory.py tests/test_training.py \
-	tests/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
+NUMERIC := --numprocesses 2 --dist loadfile tests/train/test_loss.py tests/cost/test_memory.py \
+	tests/commands/test_training.py tests/commands/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
+
+UV := tests/commands/test_uv.py
 
 install: .venv/installed
 
@@ -31,10 +33,10 @@ quickstart: install
 	$(BIN)/lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_uv.py --ignore tests/long
+	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/long --ignore $(UV)
 
 test-uv: install
-	$(BIN)/pytest tests/test_uv.py
+	$(BIN)/pytest $(UV)
 
 # Random trials; LACUNA_TORTURE=word makes others of them.
 test-long: install
@@ -55,9 +57,10 @@ lint: install
 	$(BIN)/lint-imports > /dev/null || $(BIN)/lint-imports
 
 coverage: install torchtune
-	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest tests/test_merge.py tests/test_sweep.py \
-		tests/test_experiment.py tests/test_builder.py tests/test_torchtune.py \
-		-k 'of_the_builder or builder_raises or available or not (test_torchtune or real_kill or same_bytes or can_vary)'
+	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest \
+		tests/config/test_trees.py tests/experiment/test_sweep.py tests/experiment/test_generator.py \
+		tests/torchtune_config_writer/test_builder.py tests/torchtune/test_experiments.py \
+		-k 'of_the_builder or builder_raises or available or not (test_experiments or real_kill or same_bytes or can_vary)'
 	$(BIN)/coverage report --show-missing --fail-under 100 \
 		--include '*/trees.py,*/sweep.py,*/schema.py,*/names.py,*/generator.py,*/builder.py'
 

@@ -20,18 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 SCRIPTS = Path(sys.executable).parent
-
-
+TESTS = Path(__file__).parent
 LONGEST = (
-    "docs", "run", "talk", "processes", "slurm", "finetune", "hub", "training", "benchmarks", "run_folder", "examples",
-    "report_page", "torchtune", "refusals",
+    "docs/test_docs", "commands/test_run", "commands/test_chat", "commands/test_processes", "commands/test_slurm",
+    "commands/test_finetune", "commands/test_hub", "commands/test_training", "commands/test_benchmarks",
+    "runs/test_folder", "docs/test_examples", "reports/test_page", "torchtune/test_experiments",
+    "commands/test_refusals",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes go first, so that none of them is left over for one worker at the end."""
-    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    rank = {TESTS / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @dataclass

@@ -38,9 +38,10 @@ test: install torchtune
 test-uv: install
 	$(BIN)/pytest $(UV)
 
-# Random trials; LACUNA_TORTURE=word makes others of them.
+# Random trials, of which LACUNA_TORTURE=word makes others; what every input must have, on many more of them.
 test-long: install
 	$(BIN)/pytest --numprocesses 2 tests/long
+	$(BIN)/pytest --numprocesses 2 --hypothesis-profile long -m hypothesis
 
 # Without bf16 units, without AVX-512, without AVX; with several threads. Not torch.compile: its cache of kernels does
 # not tell ATEN_CPU_CAPABILITY apart, and one that was made for AVX-512 never ends when it is compiled for AVX2.

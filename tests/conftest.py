@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from forked import COMMANDS, Forked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+settings.register_profile("short", max_examples=15, deadline=None)
+settings.register_profile("long", max_examples=500, deadline=None)  # make test-long
+settings.load_profile("short")
 
 SCRIPTS = Path(sys.executable).parent
 TESTS = Path(__file__).parent

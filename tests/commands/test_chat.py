@@ -22,7 +22,7 @@ from typing import Any
 import pexpect
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pexpect.fdpexpect import fdspawn
 from rich.console import Console
@@ -211,7 +211,6 @@ CONTROL = st.sampled_from(
 TEXTS = st.lists(CONTROL | st.sampled_from([*WORDS, "\n", " ", "é"]), min_size=1, max_size=6).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_control_tokens_that_are_typed_stay_text(texts: list[str]) -> None:
     renderer = Renderer(TOKENIZER)
@@ -227,7 +226,6 @@ def test_control_tokens_that_are_typed_stay_text(texts: list[str]) -> None:
     assert [token for token in tokens if token in control] == tokenizer.convert_tokens_to_ids(of_template)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([*WORDS, "\n", " "]), min_size=1).map(" ".join), min_size=4, max_size=4))
 def test_the_prompt_is_what_training_made_of_the_same_conversation(texts: list[str]) -> None:
     renderer = Renderer(TOKENIZER)
@@ -331,7 +329,6 @@ def test_a_template_without_an_end_of_turn_is_told(tmp_path: Path) -> None:
     assert ask(model, user("river"), replace_settings(max_tokens=3), 0, nothing).answer_tokens == 3
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=12), st.lists(st.integers(0, 399), max_size=12))
 def test_pieces_make_up_the_text_and_no_character_is_cut(text: str, ids: list[int]) -> None:
     spelt = TOKENIZER(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -762,7 +759,6 @@ def shown(pieces: list[str], height: int = 25) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-@settings(max_examples=150, deadline=None)
 @given(MARKDOWN, st.integers(1, 7))
 def test_markdown_that_comes_in_pieces_is_the_same_as_at_once(text: str, size: int) -> None:
     pieces = [text[start : start + size] for start in range(0, len(text), size)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -382,7 +382,6 @@ steps = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
 @given(shapes, steps, st.sampled_from([gib for _, gib in NAMED.values()]))
 def test_advice_holds(shape: ModelShape, step: Step, gib: float) -> None:
     """What is said to fit fits, and the largest number of rows is the largest."""

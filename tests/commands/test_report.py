@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -668,7 +668,6 @@ def test_a_run_that_was_trained(tmp_path: Path, model_folder: Path, chat_file: P
 NUMBERS = st.floats(-100, 100).map(lambda number: round(number, 6))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(NUMBERS, min_size=2, max_size=8, unique=True))
 def test_an_interval_is_scipys(values: list[float]) -> None:
     found = estimate(values)
@@ -676,7 +675,6 @@ def test_an_interval_is_scipys(values: list[float]) -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 8), st.integers(1, 10), st.integers())
 def test_a_paired_difference_is_scipys(count: int, comparisons: int, seed: int) -> None:
     generator = random.Random(seed)

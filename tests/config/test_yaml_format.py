@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -53,7 +53,6 @@ def same(left: Any, right: Any) -> bool:
     return repr(left) == repr(right)
 
 
-@settings(max_examples=400, deadline=None)
 @given(CONFIGS)
 @example({"a": [[[1], [2, [3]]], [{"b": [{"c": []}, {}]}]], "d": {"e": [[{}], {"f": {"g": [1]}}]}})
 def test_what_is_written_reads_back_the_same_everywhere(values: dict[str, Any]) -> None:
@@ -63,7 +62,6 @@ def test_what_is_written_reads_back_the_same_everywhere(values: dict[str, Any]) 
     assert text == dump_yaml(values)
 
 
-@settings(max_examples=300, deadline=None)
 @given(CONFIGS)
 def test_what_is_written_reads_back_the_same_in_omegaconf(values: dict[str, Any]) -> None:
     text = dump_yaml(values)

@@ -463,7 +463,7 @@ class TestStream:
         assert order(1) == order(1)
         assert order(1) != order(2)
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         documents=st.integers(1, 150),
         files=st.integers(1, 3),

@@ -187,7 +187,7 @@ def accepted(values: dict[str, Any]) -> dict[str, Any]:
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="\\/"), min_size=1, max_size=9),
     st.sampled_from([1, 2]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_no_value_breaks_out_of_its_line(
     texts: dict[str, str], lists: list[str], variables: dict[str, str], extra: dict[str, str], folder: str, nodes: int
 ) -> None:

@@ -87,7 +87,7 @@ held_out = st.sampled_from([{}, {"validation_share": 0.2}, {"validation_share": 
 
 @given(st.lists(st.tuples(st.booleans(), st.fixed_dictionaries(shared), lengths, held_out,
                           st.sampled_from(["drop", "truncate", "stop"])), min_size=1, max_size=6))  # fmt: skip
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_run_is_counted_as_it_is_loaded(model: str, files: dict[str, str], drawn: list[Any]) -> None:
     configs: dict[str, TrainingConfig] = {}
     for number, (is_chat, sizes, length, validation, too_long) in enumerate(drawn):

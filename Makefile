@@ -3,8 +3,10 @@ BIN := .venv/bin
 
 .PHONY: install torchtune quickstart test test-uv test-long test-processors lint coverage bench memory
 
-NUMERIC := --numprocesses 2 --dist loadfile tests/test_loss.py tests/test_plan_memory.py tests/test_training.py \
-	tests/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
+NUMERIC := --numprocesses 2 --dist loadfile tests/train/test_loss.py tests/cost/test_memory.py \
+	tests/commands/test_training.py tests/commands/test_finetune.py -k '(loss or allocates or batch_1) and not compiled'
+
+UV := tests/commands/test_uv.py
 
 install: .venv/installed
 
@@ -31,14 +33,15 @@ quickstart: install
 	$(BIN)/lacuna report runs/quickstart/configs --metric held_out_accuracy --html runs/quickstart/report.html
 
 test: install torchtune
-	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/test_uv.py --ignore tests/long
+	$(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/long --ignore $(UV)
 
 test-uv: install
-	$(BIN)/pytest tests/test_uv.py
+	$(BIN)/pytest $(UV)
 
-# Random trials; LACUNA_TORTURE=word makes others of them.
+# Random trials, of which LACUNA_TORTURE=word makes others; what every input must have, on many more of them.
 test-long: install
 	$(BIN)/pytest --numprocesses 2 tests/long
+	$(BIN)/pytest --numprocesses 2 --hypothesis-profile long -m hypothesis
 
 # Without bf16 units, without AVX-512, without AVX; with several threads. Not torch.compile: its cache of kernels does
 # not tell ATEN_CPU_CAPABILITY apart, and one that was made for AVX-512 never ends when it is compiled for AVX2.
@@ -55,9 +58,10 @@ lint: install
 	$(BIN)/lint-imports > /dev/null || $(BIN)/lint-imports
 
 coverage: install torchtune
-	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest tests/test_merge.py tests/test_sweep.py \
-		tests/test_experiment.py tests/test_builder.py tests/test_torchtune.py \
-		-k 'of_the_builder or builder_raises or available or not (test_torchtune or real_kill or same_bytes or can_vary)'
+	$(BIN)/coverage run --branch --source src/lacuna/experiment,src/lacuna/config,src/torchtune_config_writer -m pytest \
+		tests/config/test_trees.py tests/experiment/test_sweep.py tests/experiment/test_generator.py \
+		tests/torchtune_config_writer/test_builder.py tests/torchtune/test_experiments.py \
+		-k 'of_the_builder or builder_raises or available or not (test_experiments or real_kill or same_bytes or can_vary)'
 	$(BIN)/coverage report --show-missing --fail-under 100 \
 		--include '*/trees.py,*/sweep.py,*/schema.py,*/names.py,*/generator.py,*/builder.py'
 

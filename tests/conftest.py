@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from forked import COMMANDS, Forked
 
@@ -19,19 +20,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+settings.register_profile("short", max_examples=15, deadline=None)
+settings.register_profile("long", max_examples=500, deadline=None)  # make test-long
+settings.load_profile("short")
+
 SCRIPTS = Path(sys.executable).parent
-
-
+TESTS = Path(__file__).parent
 LONGEST = (
-    "docs", "run", "talk", "processes", "slurm", "finetune", "hub", "training", "benchmarks", "run_folder", "examples",
-    "report_page", "torchtune", "refusals",
+    "docs/test_docs", "commands/test_run", "commands/test_chat", "commands/test_processes", "commands/test_slurm",
+    "commands/test_finetune", "commands/test_hub", "commands/test_training", "commands/test_benchmarks",
+    "runs/test_folder", "docs/test_examples", "reports/test_page", "torchtune/test_experiments",
+    "commands/test_refusals",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes go first, so that none of them is left over for one worker at the end."""
-    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    rank = {TESTS / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @dataclass

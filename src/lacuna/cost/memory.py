@@ -1,7 +1,7 @@
 """How much memory a step takes, from the shape of the model: what is kept of each layer, and what comes on top.
 
 Nothing here imports torch. The numbers of bytes are counts of the tensors that are alive in the real step; trace.py
-counts them anew, and tests/test_plan_memory.py holds the two against each other.
+counts them anew, and tests/cost/test_memory.py holds the two against each other.
 """
 
 from dataclasses import dataclass, replace

@@ -46,6 +46,7 @@ TORCH_FREE = [
     "lacuna.torchtune.steps", "lacuna.torchtune.templates", "torchtune_config_writer",
     "torchtune_config_writer.builder",
     "lacuna.train.weights",
+    "lacuna.data.written", "lacuna.data.template_date",
 ]  # fmt: skip
 FOREIGN_TO_TRAINING = ("cli", "launch", "preflight", "chat", "reports", "experiment", "torchtune")
 NOT_TORCH_FREE = {"preflight/trace.py": "the real step", "reports/text.py": "rich"}

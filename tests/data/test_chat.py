@@ -1,5 +1,6 @@
 """The one renderer, on templates with the shapes of the field's: what is learned is what the assistant says."""
 
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fixtures import CHATML, WORDS, make_tokenizer
+from fixtures import CHATML, TRL_TEMPLATE, WORDS, make_tokenizer
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import Conversation, Message, Text
 from lacuna.data.samples import ADVICE, EARLIER_THOUGHTS, EMPTY_TEXT, Sample, Unusable, stop_on_unusable
@@ -574,3 +575,18 @@ class TestTexts:
         found = self.texts(renderer(None), "river", "")
         assert isinstance(found[0], Sample)
         assert found[1] == Unusable(EMPTY_TEXT, "a:2")
+
+
+def test_the_date_is_the_day_that_was_given() -> None:
+    dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    subject = Renderer(make_tokenizer(dated), date(2024, 7, 26))
+    assert subject.writes_the_date
+    assert subject.render(dialogue("q", "a")).startswith("26 Jul 2024\n<|im_start|>user")
+    assert not Renderer(make_tokenizer()).writes_the_date
+    assert not Renderer(make_tokenizer(None)).writes_the_date
+    assert subject.render(dialogue("q", "a")).count("2024") == 1
+    marked = dated.replace(CHATML, TRL_TEMPLATE)
+    other = Renderer(make_tokenizer(marked), date(2024, 7, 26))
+    (found,) = other.examples([Conversation(dialogue("q", "a"), None, "")])
+    assert isinstance(found, Sample)
+    assert decoded(subject, found.tokens).startswith("26 Jul 2024")

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fixtures import make_model, write_chat, write_texts
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
 from lacuna.runs.card import card_of
-from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry
+from lacuna.runs.identity import cached_sha256, changed_inputs, differences, file_entry, first_day_of
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from lacuna.train.final import new_folder
@@ -515,3 +516,37 @@ def test_what_a_change_does(run: Run, settings: Settings, here: Path) -> None:
         outcome = run("sft", **settings)
         assert outcome.code == resumed, (name, outcome.output)
         assert ("resuming from out/checkpoints/step-00000002" in outcome.output) == (resumed == 0), name
+
+
+DATED = "{%- if strftime_now is defined %}{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}{%- endif %}"
+
+
+def test_a_template_that_writes_the_date_writes_the_day_of_the_first_start(
+    run: Run, settings: Settings, here: Path
+) -> None:
+    """A run that is stopped today goes on tomorrow: on another day than was kept, its rows are other ones."""
+    template = Path("model/chat_template.jinja")
+    template.write_text(DATED + template.read_text())
+    settings |= {"steps": 3000}
+    stopped("sft", *flags(**settings))
+    provenance = json.loads(Path("out/provenance.json").read_text())
+    assert provenance["starts"][0]["template_date"] == date.today().isoformat()
+    process = spawn("sft", *flags(**settings))
+    process.wait_until(lambda: "resuming from" in process.output())
+    said = process.stop(signal.SIGTERM)
+    assert f"the chat template writes the date: {date.today()} in all of this run" in said
+    provenance["starts"][0]["template_date"] = "2026-01-31"
+    Path("out/provenance.json").write_text(json.dumps(provenance))
+    assert first_day_of(Path("out"), "auto") == date(2026, 1, 31)
+    outcome = run("sft", **settings)
+    assert (outcome.code, "training data: other rows than it was trained on" in outcome.output) == (2, True)
+    assert "the chat template writes the date: 2026-01-31 in all of this run" in outcome.output
+
+
+def test_which_day_a_run_keeps(tmp_path: Path) -> None:
+    assert first_day_of(tmp_path, "auto") is None
+    starts = [{"time": "2026-03-01T23:00:00Z"}, {"time": "2026-03-02T01:00:00Z", "template_date": "2026-03-01"}]
+    (tmp_path / "provenance.json").write_text(json.dumps({"starts": starts}))
+    assert first_day_of(tmp_path, "auto") == date(2026, 3, 1)
+    assert first_day_of(tmp_path, "never") is None
+    assert first_day_of(Path("elsewhere"), str(tmp_path / "checkpoints" / "step-00000002")) == date(2026, 3, 1)

@@ -25,6 +25,7 @@ from lacuna.data.chat import Renderer
 from lacuna.data.formats import Message
 from lacuna.errors import MissingExtraError, ModelError
 from lacuna.machine.detect import choose_device
+from lacuna.runs.identity import first_day_of
 from lacuna.train.checkpoint import restore_weights
 from lacuna.train.loading import check_loaded, load_model, load_model_config, load_tokenizer, load_weights
 from lacuna.train.model import Execution, resolve_execution, stop_at_end_of_turn
@@ -145,7 +146,7 @@ def load(place: Place, report: Report) -> LocalModel:
             causal_lm, tokenizer, execution = _of_folder(place, report)
         except ModelError as error:
             raise ModelError([problem.replace("model_name ", "") for problem in error.problems]) from error
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, first_day_of(place.run or Path(place.model).parent, "auto"))
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
         try:

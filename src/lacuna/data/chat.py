@@ -7,7 +7,7 @@ nobody prepared for training. Whatever would train on the wrong tokens is counte
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from datetime import date, timedelta
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, cast
@@ -19,30 +19,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lacuna.data.formats import Conversation, Example, Message, Text
-from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, Sample, Unusable
-from lacuna.data.written import lacks_its_thought, not_written, with_text_arguments
+from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, Rendered, Sample, Spans, Unusable
+from lacuna.data.template_date import NOW, with_date
+from lacuna.data.written import lacks_its_thought, not_written, with_text_arguments, without_weight
 from lacuna.errors import ModelError
 
 SENTINEL = "\u2045lacuna {}\u2046"
 
-Spans = list[tuple[int, int]]
-"""[start, end) characters of a text."""
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """spans: that the assistant says, of those turns that are learned. note: see Sample."""
-
-    text: str
-    spans: Spans
-    note: str
-
 
 class Renderer:
-    """A tokenizer and what was learnt about its chat template."""
+    """A tokenizer and what was learnt about its chat template. today: what a template takes for the date."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
         self.tokenizer = tokenizer
+        self.today = today or date.today()
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control_tokens = sorted({*special, *added}, key=len, reverse=True)
@@ -55,29 +45,40 @@ class Renderer:
             tools=tools,
             add_generation_prompt=prompt,
             tokenize=False,
+            **self._dated(tools),
         )
         assert isinstance(text, str)
         return text
 
+    @cached_property
+    def writes_the_date(self) -> bool:
+        """Whether the template writes today's date into what the model sees."""
+        if self.tokenizer.chat_template is None or NOW not in self.tokenizer.get_chat_template():
+            return False
+        probe = [{"role": "user", "content": "question"}]
+        days = (self.today, self.today - timedelta(days=400))
+        return len({Renderer(self.tokenizer, day).render(probe) for day in days}) > 1
+
+    def _dated(self, tools: list[Any] | None) -> dict[str, Any]:
+        """The template, and the day that it takes for today."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        return with_date(template, self.today) if NOW in template else {"chat_template": template}
+
     def for_template(self, messages: Sequence[Message]) -> list[Message]:
         """Without what is said to the renderer alone, and with the arguments of calls as the template takes them."""
-        return [self._for_template(message) for message in messages]
-
-    def _for_template(self, message: Message) -> Message:
-        kept = {key: value for key, value in message.items() if key != "weight"}
-        if kept.get("tool_calls") and self.takes_arguments_as_text:
-            kept["tool_calls"] = [with_text_arguments(call) for call in kept["tool_calls"]]
-        return kept
+        has_calls = any(message.get("tool_calls") for message in messages)
+        as_text = has_calls and self.takes_arguments_as_text
+        return [without_weight(with_text_arguments(message) if as_text else message) for message in messages]
 
     @cached_property
     def takes_arguments_as_text(self) -> bool:
         """Whether the template fails at a call's arguments as an object, and does not where they are JSON text."""
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"key": "value"}}}
-        return self._fails_at(call) and not self._fails_at(with_text_arguments(call))
+        message: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self._fails_at(message) and not self._fails_at(with_text_arguments(message))
 
-    def _fails_at(self, call: dict[str, Any]) -> bool:
-        probe: Any = [{"role": "user", "content": "question"}]
-        probe.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    def _fails_at(self, message: Message) -> bool:
+        probe: Any = [{"role": "user", "content": "question"}, message]
         try:
             self.tokenizer.apply_chat_template(probe, tokenize=False)
         except jinja2.TemplateError:
@@ -245,8 +246,8 @@ class Renderer:
         rendered: Any = render_jinja_template(
             conversations=[self.for_template(conversation.messages)],
             tools=conversation.tools,
-            chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
             return_assistant_tokens_mask=True,
+            **self._dated(conversation.tools),
             **cast(dict[str, Any], self.tokenizer.special_tokens_map),
         )
         (text,), (marked,) = rendered

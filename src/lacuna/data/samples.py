@@ -55,3 +55,16 @@ def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
         problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {ADVICE[kind]}")
     if problems:
         raise DataError(problems)
+
+
+Spans = list[tuple[int, int]]
+"""[start, end) characters of a text."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """spans: that the assistant says, of those turns that are learned. note: see Sample."""
+
+    text: str
+    spans: Spans
+    note: str

@@ -67,8 +67,18 @@ def lacks_its_thought(turn: Message, words: str) -> bool:
     return bool(thought) and thought not in words
 
 
-def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's own form of a call, whose arguments are JSON text."""
+def without_weight(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def with_text_arguments(message: Message) -> Message:
+    """Its calls in OpenAI's own form, whose arguments are JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}

@@ -14,7 +14,6 @@ from rich.progress import TextColumn
 
 from lacuna.config.finetune import FinetuneConfig, default_output_dir
 from lacuna.config.training import SFTConfig
-from lacuna.data.chat import Renderer
 from lacuna.data.loader import load_rows
 from lacuna.errors import LacunaError, RunError
 from lacuna.finetune.adapters import add_adapter, describe, load_frozen, save_adapter
@@ -40,7 +39,7 @@ from lacuna.train.planned import after_out_of_memory, memory_line, planned_step,
 from lacuna.train.progress import TrainingProgress
 from lacuna.train.record import identity_now, record_model, record_start
 from lacuna.train.records import open_log
-from lacuna.train.session import check_disk, find_checkpoint, preparation_now, resume_command, supervise
+from lacuna.train.session import check_disk, find_checkpoint, preparation_now, renderer_now, resume_command, supervise
 from lacuna.train.signals import StopRequest
 from lacuna.train.trackers import open_tracker
 
@@ -122,7 +121,7 @@ def prepare(
     world: World,
 ) -> Prepared:  # fmt: skip
     """Read and tokenise the data, and find the checkpoint to go on from."""
-    renderer = Renderer(tokenizer)
+    renderer = renderer_now(flat, folder, tokenizer, console.print)
     preparation = world.first(lambda: preparation_now(flat, folder))
     rows, validation_rows = load_once(
         world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)), preparation)

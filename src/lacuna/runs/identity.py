@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def preparation_of(folder: Path, resume: str) -> str | None:
         with suppress(OSError, ValueError, AttributeError):
             identity = json.loads((checkpoint / "state.json").read_bytes()).get("identity", {})
             return str(identity.get("data preparation", {}).get("version", FIRST_PREPARATION))
+    return None
+
+
+def first_day_of(folder: Path, resume: str) -> date | None:
+    """The day of a run's first start, which its chat template goes on to write; None where it begins now.
+
+    resume: auto, never or a checkpoint, as it holds for this start.
+    """
+    if resume == "never":
+        return None
+    run = folder if resume == "auto" else Path(resume).parent.parent
+    first = (starts_of(run) or [{}])[0]
+    day = first.get("template_date") or str(first.get("time", ""))[:10]
+    with suppress(ValueError):
+        return date.fromisoformat(day)
     return None
 
 

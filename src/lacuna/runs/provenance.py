@@ -33,7 +33,8 @@ PACKAGES = (
 FIELDS = (
     "time", "command", "trainer", "recipe", "resume", "from_step", "packages", "python", "platform", "git",
     "lacuna_git", "config_files", "config_sha256", "experiment", "data_files", "data_sha256", "data_preparation",
-    "tokenizer", "tokenizer_sha256", "tokenizer_files", "chat_template_sha256", "model", "model_revision",
+    "tokenizer", "tokenizer_sha256", "tokenizer_files", "chat_template_sha256", "template_date", "model",
+    "model_revision",
     "model_commit", "initialise", "model_files", "weights_fingerprint",
     "parent_run", "parameters", "trained_parameters", "device", "device_memory", "devices", "cpu", "cores",
     "host_memory", "cuda", "driver", "precision", "attention", "compile", "activation_checkpointing", "seed",

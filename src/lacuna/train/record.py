@@ -43,6 +43,7 @@ def record_start(
         "data_preparation": prepared.identity["data preparation"]["version"],
         **tokenizer_facts(flat, tokenizer.name_or_path),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
+        "template_date": prepared.renderer.today.isoformat() if prepared.renderer.writes_the_date else None,
         **hardware(execution.device, prepared.world.size, torch.version.cuda),
         "precision": str(execution.dtype).removeprefix("torch."),
         "attention": execution.attention,

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
+from lacuna.data.chat import Renderer
 from lacuna.data.split import PREPARATION
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, OtherInputsError, RunError
 from lacuna.runs.final import damage_of_final
 from lacuna.runs.folder import locked, put_aside, read_status, refuse_foreign_folder, starts_of, write_status
-from lacuna.runs.identity import Identity, changed_inputs, differences, preparation_of
+from lacuna.runs.identity import Identity, changed_inputs, differences, first_day_of, preparation_of
 from lacuna.runs.metrics import read_metrics, validation_losses
 from lacuna.runs.same import changes, difference, has_run, with_defaults
 from lacuna.train.checkpoint import read_state
@@ -207,6 +208,15 @@ def resume_now(flat: TrainingConfig, folder: Path) -> str:
 def preparation_now(flat: TrainingConfig, folder: Path) -> str:
     """The version by which the data are prepared: a run goes on as it was begun."""
     return preparation_of(folder, resume_now(flat, folder)) or PREPARATION
+
+
+def renderer_now(flat: TrainingConfig, folder: Path, tokenizer: Any, report: Callable[[str], None]) -> Renderer:
+    """Of a run, which keeps the day of its first start: a template that writes the date would else make other rows of
+    the same data tomorrow."""
+    renderer = Renderer(tokenizer, first_day_of(folder, resume_now(flat, folder)))
+    if renderer.writes_the_date:
+        report(f"the chat template writes the date: {renderer.today} in all of this run")
+    return renderer
 
 
 def check_resume_path(flat: TrainingConfig) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 
 from lacuna.config.training import PretrainConfig, TrainingConfig
-from lacuna.data.chat import Renderer
 from lacuna.data.loader import check_data_settings, load_rows
 from lacuna.data.stream import check_stream, stream_fingerprint
 from lacuna.machine.detect import Device, choose_device
@@ -25,6 +24,7 @@ from lacuna.train.session import (
     check_resume_path,
     find_checkpoint,
     preparation_now,
+    renderer_now,
     resume_command,
     supervise,
     together,
@@ -83,7 +83,7 @@ def _train(
 ) -> None:  # fmt: skip
     device = world.agreed(lambda: choose_device(config.device))
     tokenizer, model_config, execution = world.agreed(lambda: check_before(config, device, console.print, world))
-    renderer = Renderer(tokenizer)
+    renderer = renderer_now(config, folder, tokenizer, console.print)
     preparation = world.first(lambda: preparation_now(config, folder))
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:

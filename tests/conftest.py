@@ -7,14 +7,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from forked import COMMANDS, Forked
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+    from browser import Open
+    from slurm_cluster import Cluster
+    from slurm_project import Project
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -131,3 +139,31 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fixtures import write_texts
 
     return write_texts(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
+    from slurm_cluster import start_cluster
+
+    yield from start_cluster(tmp_path_factory)
+
+
+@pytest.fixture
+def project(cluster: "Cluster", tmp_path: Path, model_folder: Path, chat_file: Path) -> "Project":
+    from slurm_project import Project
+
+    return Project(tmp_path / "my project", cluster, model_folder, chat_file)
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Chrome]":
+    from browser import start_browser
+
+    yield from start_browser()
+
+
+@pytest.fixture
+def open_page(browser: "Chrome", tmp_path: Path) -> "Iterator[Open]":
+    from browser import page_opener
+
+    yield from page_opener(browser, tmp_path)

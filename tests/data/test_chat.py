@@ -73,7 +73,9 @@ def test_a_prompt_that_opens_a_thought_is_not_what_the_template_writes_later() -
     assert decoded(subject, found.tokens[~found.supervised]) == "<s><｜User｜>q<｜Assistant｜>"
 
 
-WRITTEN = st.text(st.characters(codec="utf-8"), max_size=20)
+WRITTEN = st.text(st.characters(codec="utf-8"), max_size=20).filter(
+    lambda words: not any(token in words for token in CONTROL)
+)
 SAID = WRITTEN.filter(lambda words: bool(words.strip()))
 
 

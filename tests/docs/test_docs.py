@@ -25,7 +25,7 @@ PRETRAIN = "pretrain @ configs/pretrain_qwen.toml --model-name Qwen/Qwen2.5-0.5B
 RUN_ELSEWHERE = {
     PRETRAIN: "commands/test_hub.py",
     f"uv run {PRETRAIN}": "commands/test_uv.py",
-    "lacuna slurm examples/slurm.yaml --submit": "commands/test_slurm.py, on a real SLURM, as the next four",
+    "lacuna slurm examples/slurm.yaml --submit": "test_slurm.py in commands/ and long/, as the next four",
     "lacuna slurm configs --submit": "the same",
     "lacuna slurm configs/sft_qwen.toml --cluster cluster.yaml --submit": "the same",
     "lacuna status configs": "the same",

@@ -1,4 +1,4 @@
-"""Batch scripts, what they start, and the table of runs; commands/test_slurm.py has them on a real SLURM."""
+"""Batch scripts, what they start, and the table of runs; test_slurm.py in commands/ and long/ has a real SLURM."""
 
 import json
 import os

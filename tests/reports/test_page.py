@@ -1,11 +1,9 @@
-"""The report's page, opened in a real browser."""
+"""The report's page, opened in a real browser; long/test_page.py clicks on it."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,81 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import WebDriverWait
 
+from browser import Open, needs_browser, texts
 from lacuna.installation import install_command
-from lacuna.reports.curves import ALL_POINTS, MOST_POINTS, SHOWN_RUNS, mean_curve, point_limit, scale_of, thinned
+from lacuna.reports.curves import ALL_POINTS, MOST_POINTS, mean_curve, point_limit, scale_of, thinned
 from lacuna.reports.numbers import decimals, duration, interval, number, p_value, round_values, text
 from lacuna.reports.page import as_script, write_page
 from lacuna.reports.results import Estimate, Report
-from report_fixture import estimate, run_result, sample
+from report_fixture import sample
 
-needs_browser = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="Debian's chromium is not installed"
-)
-DIGITS = r"mean 1\.89\d{9,}, interval 1\.79\d+ to 1\.99\d+, standard deviation 0\.04\d+, 3 seeds"
 HOSTILE = "</script><img src=x onerror=document.title='taken'>\"'&amp; <b>ü</b> \u2028"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for word in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1000"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield chrome
-    chrome.quit()
-
-
-Open = Callable[[Report], None]
-
-
-def resize(browser: Chrome, width: int) -> None:
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def choose_theme(browser: Chrome, theme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": theme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-@pytest.fixture
-def open_page(browser: Chrome, tmp_path: Path) -> Iterator[Open]:
-    """Open a report's page; at the end of the test nothing was wrong, and nothing was asked of any host."""
-
-    def open_(report: Report) -> None:
-        write_page(report, tmp_path / "report.html")
-        resize(browser, 1280)
-        choose_theme(browser, "light")
-        browser.get((tmp_path / "report.html").as_uri())
-
-    browser.get_log("browser"), browser.get_log("performance")
-    yield open_
-    assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [found["params"]["request"]["url"] for found in messages if found["method"] == "Network.requestWillBeSent"]
-    assert len(asked) >= 1
-    assert {url.partition(":")[0] for url in asked} <= {"file", "data", "blob"}
-
-
-def texts(browser: Chrome, selector: str) -> list[str]:
-    return [found.text for found in browser.find_elements(By.CSS_SELECTOR, selector)]
-
-
-def lines(browser: Chrome) -> int:
-    """Curves that are drawn."""
-    return len(browser.find_elements(By.CSS_SELECTOR, "#plot .scatterlayer .trace path.js-line"))
-
-
-def click(browser: Chrome, selector: str) -> None:
-    browser.execute_script("arguments[0].click()", browser.find_element(By.CSS_SELECTOR, selector))
 
 
 @needs_browser
@@ -119,80 +55,6 @@ def test_a_winner_is_marked_and_only_then(tmp_path: Path) -> None:
         page = (tmp_path / "report.html").read_text()
         marks[winner] = [page.count(mark) for mark in ('<tr class="winner">', ">best</span>", 'class="verdict won"')]
     assert marks == {None: [0, 0, 0], best: [1, 1, 1]}
-
-
-@needs_browser
-def test_runs_and_arms_are_hidden_and_shown_by_a_click(browser: Chrome, open_page: Open) -> None:
-    open_page(sample())
-    means, started = 5, 14
-    assert lines(browser) == started + means
-    click(browser, "#means")
-    assert lines(browser) == started
-    click(browser, "[data-run='0']")
-    assert lines(browser) == started - 1
-    assert browser.find_element(By.ID, "count").text == "13 of 14 runs with validation_loss shown"
-    click(browser, "[data-run='0']")
-    assert lines(browser) == started
-    click(browser, "[data-arm='0']")
-    assert lines(browser) == started - 3
-    click(browser, "#none")
-    assert lines(browser) == 0
-    box = browser.find_element(By.CSS_SELECTOR, "[data-arm='4']")
-    box.send_keys(Keys.SPACE)
-    assert lines(browser) == 3
-
-
-@needs_browser
-def test_the_metric_is_chosen(browser: Chrome, open_page: Open) -> None:
-    open_page(sample())
-    axis = "#plot .ytitle"
-    assert texts(browser, axis) == ["validation_loss"]
-    Select(browser.find_element(By.ID, "metric")).select_by_visible_text("loss")
-    assert texts(browser, axis) == ["loss"]
-    assert len(browser.execute_script("return document.getElementById('plot').data[0].x")) == 400
-
-
-@needs_browser
-def test_what_each_variable_does_is_drawn(browser: Chrome, open_page: Open) -> None:
-    open_page(sample())
-    assert texts(browser, "#effect-0 .xtitle, #effect-1 .xtitle") == ["learning_rate (log scale)", "lora_rank"]
-    assert texts(browser, "#effect-0 .xtick") == ["1e-05", "0.0001", "0.001"]
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#effect-0 .errorbar")) == 3
-    assert texts(browser, ".heat tbody tr") == ["1e-05 1.894 1.871", "0.0001 1.677 1.627", "0.001 missing 1.436"]
-    cell = browser.find_element(By.CSS_SELECTOR, ".heat tbody td")
-    assert re.fullmatch(DIGITS, str(cell.get_attribute("title")))
-
-
-@needs_browser
-def test_the_page_never_scrolls_sideways(browser: Chrome, open_page: Open) -> None:
-    report = sample()
-    runs = tuple(replace(run, reason="x" * 300, folder="/scratch/" + "y" * 200) for run in report.runs)
-    open_page(replace(report, runs=runs, verdict="z" * 200))
-    for width in (1280, 700, 390):
-        resize(browser, width)
-        browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-        assert browser.execute_script("return document.documentElement.scrollWidth") == width
-        assert 0 < browser.find_element(By.ID, "plot").size["width"] < width
-
-
-@needs_browser
-def test_dark_mode_reaches_the_plots_at_once(browser: Chrome, open_page: Open) -> None:
-    def colours() -> list[str]:
-        script = (
-            "return [getComputedStyle(document.body).backgroundColor, "
-            "document.querySelector('#plot .xtick text').style.fill, "
-            "document.querySelector('#plot path.js-line').style.stroke]"
-        )
-        return [str(found) for found in browser.execute_script(script)]
-
-    open_page(sample())
-    light = colours()
-    choose_theme(browser, "dark")
-    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-    dark = colours()
-    assert light == ["rgb(250, 250, 248)", "rgb(89, 99, 110)", light[2]]
-    assert dark == ["rgb(18, 21, 24)", "rgb(159, 169, 181)", dark[2]]
-    assert light[2] != dark[2]
 
 
 def hostile() -> Report:
@@ -231,42 +93,6 @@ def test_hostile_names_stay_text(browser: Chrome, open_page: Open) -> None:
     wait = WebDriverWait(browser, 10, poll_frequency=0.05)
     label = wait.until(lambda found: found.find_element(By.CSS_SELECTOR, ".hovertext"))
     assert f"run_012{HOSTILE}" in str(label.get_property("textContent"))
-
-
-@needs_browser
-def test_a_report_without_a_finished_run_opens(browser: Chrome, open_page: Open) -> None:
-    report = sample()
-    runs = tuple(
-        replace(run, state="not started", metrics={}, curves={}, budget={}, facts={}, folder=None)
-        for run in report.runs
-    )  # fmt: skip
-    arms = tuple(replace(arm, by_seed={}, estimate=None) for arm in report.arms)
-    verdict = "No run has finished."
-    open_page(replace(report, runs=runs, arms=arms, effects=(), comparisons=(), totals={}, verdict=verdict))
-    assert texts(browser, ".sentence") == [verdict]
-    assert texts(browser, "section[aria-labelledby=results] td.graph") == ["no finished run has it"] * 5
-    assert browser.find_elements(By.ID, "plot") == []
-
-
-@needs_browser
-def test_one_seed_and_names_as_values_have_no_whiskers_but_dots(browser: Chrome, open_page: Open) -> None:
-    report = sample()
-    arms = tuple(replace(arm, by_seed={None: 1.5}, estimate=estimate([1.5]), expected=1) for arm in report.arms)
-    level = replace(report.effects[0].levels[0], value="a", estimate=estimate([1.5]), by_seed={None: 1.5})
-    effect = replace(report.effects[0], levels=(level, replace(level, value="b", estimate=estimate([2.5]))))
-    open_page(replace(report, arms=arms, effects=(effect,), comparisons=()))
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".whisker .mean")) == 5
-    assert browser.find_elements(By.CSS_SELECTOR, ".whisker .bar") == []
-    assert texts(browser, "#effect-0 .xtick") == ["a", "b"]
-
-
-@needs_browser
-def test_of_many_runs_some_are_drawn_and_the_page_says_so(browser: Chrome, open_page: Open) -> None:
-    report = sample()
-    runs = tuple(replace(run_result(0, 1e-5, 8, seed, steps=80), id=f"run_{seed}") for seed in range(70))
-    open_page(replace(report, runs=runs, arms=report.arms[:1], comparisons=(), effects=()))
-    assert lines(browser) == SHOWN_RUNS + 1
-    assert "60 of 70 runs are drawn at first" in texts(browser, "section[aria-labelledby=curves]")[0]
 
 
 def test_the_page_allows_its_own_scripts_and_no_request(tmp_path: Path) -> None:

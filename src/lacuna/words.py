@@ -1,12 +1,20 @@
 """Numbers, sizes, durations and names, as a person reads them."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Tell = Callable[[str], None]
+"""What takes a line that a person shall read."""
 
 
 def shown(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def varies(settings: Mapping[str, Any]) -> str:
+    """`learning_rate=0.001, lora_rank=8`"""
+    return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:

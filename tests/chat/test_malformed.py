@@ -30,7 +30,7 @@ from lacuna.chat.terminal import Screen, converse
 from lacuna.data.hub import stay_offline
 from lacuna.errors import ConfigError, LacunaError, ModelError
 from lacuna.reports.text import _print
-from lacuna.runs.status import Row, as_text
+from lacuna.runs.status import RunStatus, as_text
 from lacuna.visible import OBEYED, shown_url, visible, visible_json, without_passwords
 
 STOP = {"index": 0, "delta": {"content": "fine"}, "finish_reason": "stop"}
@@ -245,7 +245,7 @@ def test_what_markdown_makes_of_entities_is_shown_too() -> None:
 
 
 def test_reasons_in_a_status_and_in_a_report_are_shown() -> None:
-    said = as_text([Row("run", None, "failed", reason=WILD)])
+    said = as_text([RunStatus("run", None, "failed", reason=WILD)])
     console = Console(file=io.StringIO(), width=200)
     _print(console, WILD, ("run", "why"), [("run", WILD)])
     for text in (said, console.file.getvalue()):  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from experiment_folders import FINETUNE, SFT, validated, write_experiment, write
 from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import ConfigError, RunError
 from lacuna.files import digest, write_json
-from lacuna.launch.selection import plan
+from lacuna.launch.selection import missing_and_finished
 from lacuna.reports.statistics import Measured, compare, effect_of, estimate, seeds_needed
 from lacuna.runs.mapping import read_mapping, seal
 
@@ -233,7 +233,7 @@ def test_settings_that_vary_tell_runs_apart_also_where_a_resumed_run_may_change_
     assert runs[0].reason.endswith("has other settings (save_every was 25, now 50)")
     mapping = read_mapping(tmp_path / "configs")
     with pytest.raises(ConfigError, match=r"run_001: .* has other settings .save_every was 50, now 25.: move"):
-        plan(mapping, range(2))
+        missing_and_finished(mapping, range(2))
 
 
 def test_the_final_value_is_of_the_weights_that_the_run_was_told_to_keep(tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from lacuna.errors import ConfigError, RunError
 from lacuna.launch import lease
 from lacuna.launch.board import Board, seconds_left
 from lacuna.launch.devices import shares, visible_devices
-from lacuna.launch.selection import Planned, plan
+from lacuna.launch.selection import missing_and_finished
 from lacuna.runs.folder import locked, write_status
 from lacuna.runs.jobs import Submission, spans
-from lacuna.runs.mapping import read_mapping
+from lacuna.runs.mapping import GeneratedRun, read_mapping
 from lacuna.runs.metrics import read_metrics
 from lacuna.runs.status import table
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
@@ -284,7 +284,7 @@ def test_a_run_without_a_folder_is_refused(study: Experiment) -> None:
     items = [item.replace("output_dir: runs/run_000", "output_dir: null") for item in mapping.items]
     changed = type(mapping)(mapping.file, mapping.sha256, mapping.head, items)
     with pytest.raises(ConfigError, match="run_000: it has no output_dir, by which it could be known again"):
-        plan(changed, [0, 1])
+        missing_and_finished(changed, [0, 1])
 
 
 def test_another_thread_cannot_start_runs(study: Experiment) -> None:
@@ -413,9 +413,19 @@ def test_time_that_is_left() -> None:
     assert seconds_left([10.0], [], 0, 1) == 0.0
 
 
-def planned(tmp_path: Path, count: int) -> list[Planned]:
+def planned(tmp_path: Path, count: int) -> list[GeneratedRun]:
     return [
-        Planned(number, f"run_{number:03d}", f"rank={number}", 1, tmp_path / f"run_{number:03d}", tmp_path, "sft", {})
+        GeneratedRun(
+            id=f"run_{number:03d}",
+            settings={"rank": number},
+            seed=1,
+            output_dir=str(tmp_path / f"run_{number:03d}"),
+            index=number,
+            trainer="sft",
+            config=tmp_path,
+            sha256="",
+            directory=tmp_path,
+        )
         for number in range(count)
     ]
 

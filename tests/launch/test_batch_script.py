@@ -21,17 +21,18 @@ from lacuna.config.slurm import SlurmSettings, load_slurm, seconds_of
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.errors import ConfigError, RunError
 from lacuna.experiment.schema import Experiment
+from lacuna.files import digest
 from lacuna.launch.batch_script import batch_script
 from lacuna.launch.nodes import rendezvous
 from lacuna.launch.slurm import write_scripts
-from lacuna.launch.start import command, find_task
+from lacuna.launch.start import command, find_launch
 from lacuna.processes import run_torchrun, run_watched
 from lacuna.runs.folder import job_of, locked, patience, read_status, write_status
 from lacuna.runs.jobs import Submission, add_submission
 from lacuna.runs.logs import last_words
 from lacuna.runs.mapping import read_mapping, seal
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
-from lacuna.runs.status import Place, _row, as_text, table
+from lacuna.runs.status import Watched, _status_of, as_text, table
 from slurm_jobs import job, write_base
 from torchtune_fixture import TORCHTUNE_PYTHON, make_llama, tiny_controls, write_rows
 
@@ -329,7 +330,8 @@ def test_the_largest_of_the_runs_decides_about_gpus(here: Path) -> None:
     for index, gpus in enumerate((1, 4, 2)):
         text = dump_yaml({"trainer": "sft", "gpus": gpus}).encode()
         Path(f"run_{index}.yaml").write_bytes(text)
-        entries.append({"id": f"run_{index}", "params": {"gpus": gpus}, "config": f"run_{index}.yaml"})
+        facts = {"seed": None, "sha256": digest(text), "output_dir": None}
+        entries.append({"id": f"run_{index}", "params": {"gpus": gpus}, "config": f"run_{index}.yaml", **facts})
     head = {"experiment": {"experiment_name": "n"}, "trainer": "sft", "runs": entries}
     Path("run_mapping.yaml").write_text(seal(dump_yaml(head)))
     (script,) = write_scripts(".").scripts
@@ -366,7 +368,7 @@ def test_a_script_cannot_be_written_into_a_file(here: Path) -> None:
 
 def test_a_run_of_the_mapping_is_found_and_nothing_may_have_changed(here: Path) -> None:
     configs = write_mapping(here)
-    task = find_task("configs", 1, None)
+    task = find_launch("configs", 1, None)
     assert (task.trainer, task.config, task.gpus) == ("sft", configs / "run_001.yaml", 1)
     assert command(task, {}, None) == [sys.executable, "-m", "lacuna", "sft", "@", str(configs / "run_001.yaml")]
     for index, sha256, problem in (
@@ -376,40 +378,40 @@ def test_a_run_of_the_mapping_is_found_and_nothing_may_have_changed(here: Path) 
         (1, "0", "run_mapping.yaml: was changed since it was generated or submitted: do that again"),
     ):
         with pytest.raises(ConfigError, match=re.escape(problem)):
-            find_task("configs", index, sha256)
+            find_launch("configs", index, sha256)
     (configs / "run_001.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"run_001\.yaml: was changed since"):
-        find_task("configs", 1, None)
+        find_launch("configs", 1, None)
     (configs / "run_001.yaml").unlink()
     with pytest.raises(ConfigError, match=r"run_001\.yaml: cannot be read: No such file"):
-        find_task("configs", 1, None)
+        find_launch("configs", 1, None)
     mapping = configs / "run_mapping.yaml"
     mapping.write_text(mapping.read_text() + "\n")
     with pytest.raises(ConfigError, match="not as `lacuna generate` wrote it: generate it again"):
-        find_task("configs", 1, None)
+        find_launch("configs", 1, None)
 
 
 def test_one_config_is_started_by_its_trainer(here: Path) -> None:
     write_base(here)
-    assert find_task("one.yaml", None, None).trainer == "sft"
+    assert find_launch("one.yaml", None, None).trainer == "sft"
     with pytest.raises(ConfigError, match=r"one\.yaml is one config, and has no run 0"):
-        find_task("one.yaml", 0, None)
+        find_launch("one.yaml", 0, None)
     with pytest.raises(ConfigError, match="was changed since it was generated or submitted"):
-        find_task("one.yaml", None, "0")
+        find_launch("one.yaml", None, "0")
     Path("f.yaml").write_text("model: {path: m}\ndataset: {path: d}\ntraining: {}\n")
-    assert command(find_task("f.yaml", None, None), {}, None)[3:5] == ["finetune", "--config"]
+    assert command(find_launch("f.yaml", None, None), {}, None)[3:5] == ["finetune", "--config"]
     Path("x.yaml").write_text("a: 1\ntrainer: stf\n")
     with pytest.raises(
         ConfigError, match=r"x\.yaml:2: .*not 'stf'; did you mean 'sft'\?; an experiment has experiment_"
     ):
-        find_task("x.yaml", None, None)
+        find_launch("x.yaml", None, None)
     with pytest.raises(ConfigError, match=r"run_mapping\.yaml: cannot be read: No such file"):
-        find_task(str(here), 0, None)
+        find_launch(str(here), 0, None)
 
 
 def test_on_several_nodes_it_is_torchrun(here: Path) -> None:
     write_base(here, gpus=8)
-    task = find_task("one.yaml", None, None)
+    task = find_launch("one.yaml", None, None)
     surroundings = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": "3"}
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT: not set; on several nodes a run is started by"):
         command(task, surroundings, None)
@@ -527,8 +529,8 @@ def test_what_is_said_about_a_run(
     folder = write_run(tmp_path / "run", status, job="7_2", **said) if status is not None else tmp_path / "run"
     done = Submission("7", "m", "s", 0, "0-2", "a.sh", str(tmp_path), 1.0)
     queue = Queue({"7_2": now} if now is not None else {}, 2.0)
-    place = Place("run", folder, done, 2)
-    row = _row(place, read_status(folder), alive, queue, {"7_2": JobState(past)} if past is not None else {})
+    watched = Watched("run", folder, done, 2)
+    row = _status_of(watched, read_status(folder), alive, queue, {"7_2": JobState(past)} if past is not None else {})
     assert (row.state, row.job) == (state, "7_2")
     assert row.reason.startswith(reason)
     assert reason or not row.reason
@@ -585,7 +587,7 @@ def test_ten_thousand_runs_take_less_than_a_second(here: Path) -> None:
 
         assert any(seconds() < 1 for _ in range(5))
     started = time.process_time()
-    assert read_mapping("configs").entry(9_999)["id"] == "run_09999"
+    assert read_mapping("configs").run(9_999).id == "run_09999"
     assert time.process_time() - started < 0.5
 
 
@@ -710,6 +712,6 @@ def test_torchtunes_runs_are_told_about_too(tune_experiment: dict[str, Any], run
         "MASTER_ADDR": "h",
         "MASTER_PORT": "1",
     }
-    words = command(find_task("configs", 0, None), surroundings, None)
+    words = command(find_launch("configs", 0, None), surroundings, None)
     assert words[1:4] == ["run", "--nnodes", "2"]
     assert words[-2:] == ["--config", str(here / "configs" / f"{done.runs[0].id}.yaml")]

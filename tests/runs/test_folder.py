@@ -25,7 +25,7 @@ from lacuna.config.yaml_format import dump_yaml
 from lacuna.errors import RunError
 from lacuna.experiment.generator import generate
 from lacuna.files import without_home, write_json
-from lacuna.launch.start import command, find_task
+from lacuna.launch.start import command, find_launch
 from lacuna.runs.folder import read_status, starts_of, write_status
 from lacuna.runs.metrics import read_evaluation, read_metrics
 from lacuna.runs.provenance import FIELDS, _git_state, _is_checkout, hub_facts, slurm_facts, weights_fingerprint
@@ -499,7 +499,7 @@ def test_torchtune_without_a_step_is_a_failed_run(tune: Path, capfd: pytest.Capt
     status = read_status(tune / "runs" / "none" / "run_000") or {}
     assert (status["state"], status["step"]) == ("failed", 0)
     assert "batch_size 64 rows are fewer than one step of 65 × 1 accumulated: no step at all" in status["reason"]
-    words = command(find_task(str(tune / "none"), 0, None), {}, TORCHTUNE_PYTHON)
+    words = command(find_launch(str(tune / "none"), 0, None), {}, TORCHTUNE_PYTHON)
     assert run_torchtune(words, tune / "none" / "run_000.yaml", 1, "runs/none/run_000") == 1
     assert "error: torchtune trained no step" in capfd.readouterr().err
     status = read_status(tune / "runs" / "none" / "run_000") or {}

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lacuna.chat.answer import Answer, ask
-from lacuna.chat.find import Place
-from lacuna.chat.local import Report, free_memory, load
+from lacuna.chat.find import FoundModel
+from lacuna.chat.local import free_memory, load
 from lacuna.chat.settings import Settings
 from lacuna.chat.terminal import prompts_of
 from lacuna.data.formats import SHOWN_PROBLEMS, Broken, Conversation, Message, Row, read_file
@@ -19,6 +19,7 @@ from lacuna.data.schemas import detect_schema, to_examples
 from lacuna.errors import DataError, RunError
 from lacuna.files import write_whole
 from lacuna.visible import visible
+from lacuna.words import Tell
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ def check_output(file: str | None) -> None:
         raise RunError(f"--output {file}: {why}")
 
 
-def answers_of(place: Place, prompts: Sequence[Prompt], settings: Settings, report: Report) -> list[Answer]:
+def answers_of(found: FoundModel, prompts: Sequence[Prompt], settings: Settings, tell: Tell) -> list[Answer]:
     """Each from the settings' seed; the model is out of memory afterwards."""
-    model = load(place, report)
-    report(f"{place.name}: {len(prompts)} prompts")
+    model = load(found, tell)
+    tell(f"{found.name}: {len(prompts)} prompts")
     answers = [ask(model, prompt.messages, settings, settings.seed, lambda piece: None) for prompt in prompts]
     del model
     free_memory()
@@ -95,10 +96,10 @@ def answers_of(place: Place, prompts: Sequence[Prompt], settings: Settings, repo
 
 
 def compare(
-    places: Sequence[Place], prompts: Sequence[Prompt], settings: Settings, output: str | None, report: Report
+    models: Sequence[FoundModel], prompts: Sequence[Prompt], settings: Settings, output: str | None, tell: Tell
 ) -> Table:
     """Answers side by side; output gets a line of JSON for each prompt. Raises LacunaError."""
-    answers = {place.name: answers_of(place, prompts, settings, report) for place in places}
+    answers = {model.name: answers_of(model, prompts, settings, tell) for model in models}
     if output is not None:
         lines = [
             {

@@ -15,7 +15,7 @@ RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
-class Place:
+class FoundModel:
     """What to load. model: a folder or a hub name, the base where there is an adapter, "" of a checkpoint.
 
     run: the run folder whose config says how a checkpoint or an adapter was trained.
@@ -30,22 +30,22 @@ class Place:
     note: str = ""
 
 
-def find_model(name: str | None, adapter: str | None = None, allow_changed_base: bool = False) -> Place:
+def find_model(name: str | None, adapter: str | None = None, allow_changed_base: bool = False) -> FoundModel:
     """name: a run folder, its final folder, a checkpoint, an adapter, a folder of a model, or a hub name; None for the
     newest finished run. adapter: goes over it. allow_changed_base: also over one that has changed since it was trained.
 
     Raises ModelError, RunError.
     """
-    place = _choose(name, adapter)
-    for folder in (Path(place.model), place.adapter):
+    chosen = _choose(name, adapter)
+    for folder in (Path(chosen.model), chosen.adapter):
         if folder is not None and folder.name == "final":
             refuse_damaged_final(folder.parent)
-    if place.run is not None and not allow_changed_base and (changed := changed_base(place.run)):
-        raise ChangedBaseError(place.name, changed)
-    return place
+    if chosen.run is not None and not allow_changed_base and (changed := changed_base(chosen.run)):
+        raise ChangedBaseError(chosen.name, changed)
+    return chosen
 
 
-def _choose(name: str | None, adapter: str | None) -> Place:
+def _choose(name: str | None, adapter: str | None) -> FoundModel:
     if adapter is None:
         return _find(name) if name is not None else _newest_run()
     over = _find(adapter)
@@ -56,10 +56,10 @@ def _choose(name: str | None, adapter: str | None) -> Place:
     base = _find(name)
     if base.adapter is not None or base.checkpoint is not None:
         raise ModelError(f"--model {name}: an adapter goes over a whole model; `lacuna merge` makes one of an adapter")
-    return Place(f"{base.name} with {over.adapter}", base.model, adapter=over.adapter, note=base.note)
+    return FoundModel(f"{base.name} with {over.adapter}", base.model, adapter=over.adapter, note=base.note)
 
 
-def _find(name: str) -> Place:
+def _find(name: str) -> FoundModel:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         is_path = name.startswith(("/", ".", "~")) or (folder.parent != Path() and folder.parent.is_dir())
@@ -67,18 +67,18 @@ def _find(name: str) -> Place:
         if folder.is_file() or did_you_mean(str(folder), near):
             kind = "a file, not a folder" if folder.is_file() else "no such folder"
             raise ModelError(f"{name}: {kind}{did_you_mean(str(folder), near) * (not folder.is_file())}")
-        return Place(name, name)
+        return FoundModel(name, name)
     if (folder / "adapter_config.json").is_file():
         base, revision = _base_of(folder)
         run = _run_of(folder.parent) if folder.name == "final" else None
-        return Place(str(folder), base, revision, adapter=folder, run=run)
+        return FoundModel(str(folder), base, revision, adapter=folder, run=run)
     if (folder / "config.json").is_file():
-        return Place(str(folder), str(folder))
+        return FoundModel(str(folder), str(folder))
     if (folder / "state.json").is_file():
         run = _run_of(folder.parent.parent)
         if run is None:
             raise ModelError(f"{folder}: a checkpoint is loaded by its run's config.toml, which is not two levels up")
-        return Place(str(folder), "", checkpoint=folder, run=run)
+        return FoundModel(str(folder), "", checkpoint=folder, run=run)
     if (folder / "status.json").is_file():
         return _of_run(folder)
     raise ModelError(
@@ -87,7 +87,7 @@ def _find(name: str) -> Place:
     )
 
 
-def _of_run(folder: Path) -> Place:
+def _of_run(folder: Path) -> FoundModel:
     if (folder / "final").is_dir():
         return replace(_find(str(folder / "final")), name=str(folder))
     checkpoints = sorted(folder.glob("checkpoints/step-*"))
@@ -95,7 +95,7 @@ def _of_run(folder: Path) -> Place:
     if not checkpoints:
         raise RunError(f"{folder}: the run ({state}) has no checkpoint yet")
     note = f"{folder} is not finished ({state}): this is its newest checkpoint"
-    return Place(str(checkpoints[-1]), "", checkpoint=checkpoints[-1], run=_run_of(folder), note=note)
+    return FoundModel(str(checkpoints[-1]), "", checkpoint=checkpoints[-1], run=_run_of(folder), note=note)
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -110,9 +110,9 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
         raise RunError(f"{adapter / 'adapter_config.json'}: damaged: {error}") from error
 
 
-def _newest_run() -> Place:
+def _newest_run() -> FoundModel:
     try:
-        found = [place.folder for place in find_runs(RUNS) if place.folder is not None]
+        found = [run.folder for run in find_runs(RUNS) if run.folder is not None]
     except RunError:
         found = []
     finished = [

@@ -1,7 +1,7 @@
 """A model on this machine that answers, token by token."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.generation.streamers import BaseStreamer
 
 from lacuna.chat.answer import Answer, End, Say
-from lacuna.chat.find import Place
+from lacuna.chat.find import FoundModel
 from lacuna.chat.prompt import check_room, fitting_tokens, plain_tokens
 from lacuna.chat.settings import Settings
 from lacuna.config.finetune import FinetuneConfig
@@ -29,8 +29,8 @@ from lacuna.runs.identity import first_day_of
 from lacuna.train.checkpoint import restore_weights
 from lacuna.train.loading import check_loaded, load_model, load_model_config, load_tokenizer, load_weights
 from lacuna.train.model import Execution, resolve_execution, stop_at_end_of_turn
+from lacuna.words import Tell
 
-Report = Callable[[str], None]
 UNUSED = "./unused"
 """What a training config must name, and loading does not look at."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -137,50 +137,50 @@ def _needing_peft() -> Iterator[None]:
         raise MissingExtraError("finetune", error.name or "peft") from error
 
 
-def load(place: Place, report: Report) -> LocalModel:
+def load(found: FoundModel, tell: Tell) -> LocalModel:
     """On the best device, in the precision that training has there. Raises LacunaError."""
-    if place.checkpoint is not None:
-        causal_lm, tokenizer, execution = _of_checkpoint(place, report)
+    if found.checkpoint is not None:
+        causal_lm, tokenizer, execution = _of_checkpoint(found, tell)
     else:
         try:
-            causal_lm, tokenizer, execution = _of_folder(place, report)
+            causal_lm, tokenizer, execution = _of_folder(found, tell)
         except ModelError as error:
             raise ModelError([problem.replace("model_name ", "") for problem in error.problems]) from error
-    renderer = Renderer(tokenizer, first_day_of(place.run or Path(place.model).parent, "auto"))
+    renderer = Renderer(tokenizer, first_day_of(found.run or Path(found.model).parent, "auto"))
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
         try:
             stop = renderer.stop_token
         except ModelError:
-            report("its chat template writes no end of turn: answers go on to the end of sequence, or to max_tokens")
+            tell("its chat template writes no end of turn: answers go on to the end of sequence, or to max_tokens")
     if stop is not None:
         stop_at_end_of_turn(causal_lm, tokenizer, stop)
     ends = causal_lm.generation_config.eos_token_id
     stops = [ends] if isinstance(ends, int) else list(ends or [])
     causal_lm.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=tokenizer.pad_token_id)
-    return LocalModel(place.name, causal_lm.eval(), renderer, execution, stops)
+    return LocalModel(found.name, causal_lm.eval(), renderer, execution, stops)
 
 
-def _of_folder(place: Place, report: Report) -> tuple[Any, Any, Execution]:
+def _of_folder(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     """A whole model, with an adapter over it where there is one; an adapter's base is quantised as its run had it."""
     config = SFTConfig(
-        model_name=place.model, model_revision=place.revision, dataset=UNUSED, output_dir=UNUSED, steps=1, compile=False
+        model_name=found.model, model_revision=found.revision, dataset=UNUSED, output_dir=UNUSED, steps=1, compile=False
     )
-    execution = resolve_execution(config, choose_device("auto"), report)
-    run = load_trainer_config([str(place.run / "config.toml")]) if place.run is not None else None
-    has_tokenizer = place.adapter is not None and (place.adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(place.adapter) if has_tokenizer else load_tokenizer(config)
+    execution = resolve_execution(config, choose_device("auto"), tell)
+    run = load_trainer_config([str(found.run / "config.toml")]) if found.run is not None else None
+    has_tokenizer = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(found.adapter) if has_tokenizer else load_tokenizer(config)
     if isinstance(run, FinetuneConfig) and run.training.method == "qlora":
         causal_lm: Any = _frozen(run, config, execution, tokenizer)
-        report(f"the base is in {run.training.quantization_bits} bits, as it was in training")
+        tell(f"the base is in {run.training.quantization_bits} bits, as it was in training")
     else:
         settings = {"dtype": execution.dtype, "attn_implementation": execution.attention}
         causal_lm, missing = load_weights(config, settings)
         check_loaded(config, causal_lm, missing, tokenizer)
         is_quantised = hasattr(causal_lm.config, "quantization_config")
         causal_lm = causal_lm if is_quantised else causal_lm.to(execution.device.type)
-    if place.adapter is not None:
-        causal_lm = _with_adapter(causal_lm, place.adapter)
+    if found.adapter is not None:
+        causal_lm = _with_adapter(causal_lm, found.adapter)
     return causal_lm, tokenizer, execution
 
 
@@ -198,14 +198,14 @@ def _with_adapter(causal_lm: Any, adapter: Path) -> Any:
     return model.get_base_model()
 
 
-def _of_checkpoint(place: Place, report: Report) -> tuple[Any, Any, Execution]:
+def _of_checkpoint(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     """The weights of a step, in the model and with the tokenizer that the run's config names."""
-    assert place.run is not None
-    assert place.checkpoint is not None
-    config = load_trainer_config([str(place.run / "config.toml")])
+    assert found.run is not None
+    assert found.checkpoint is not None
+    config = load_trainer_config([str(found.run / "config.toml")])
     flat = config.as_sft() if isinstance(config, FinetuneConfig) else config
     flat = flat.model_copy(update={"initialise": "random", "attention": "auto", "precision": "auto", "compile": False})
-    execution = resolve_execution(flat, choose_device("auto"), report)
+    execution = resolve_execution(flat, choose_device("auto"), tell)
     model_config = load_model_config(flat)
     if isinstance(config, FinetuneConfig):
         tokenizer = load_tokenizer(flat.model_copy(update={"model_name": config.model.base_model or flat.model_name}))
@@ -214,9 +214,9 @@ def _of_checkpoint(place: Place, report: Report) -> tuple[Any, Any, Execution]:
         tokenizer = load_tokenizer(flat)
         trained = causal_lm = load_model(flat, model_config, tokenizer, execution)
     try:
-        restore_weights(place.checkpoint, trained)
+        restore_weights(found.checkpoint, trained)
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
-        raise ModelError(f"{place.checkpoint}: damaged: {str(error).strip().splitlines()[-1]}") from error
+        raise ModelError(f"{found.checkpoint}: damaged: {str(error).strip().splitlines()[-1]}") from error
     return causal_lm if trained is not causal_lm else causal_lm.to(execution.dtype), tokenizer, execution
 
 

@@ -51,7 +51,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Step:
+class Reaction:
     """What a line comes to: the session after it, what to tell the user, and what to ask the model."""
 
     session: Session
@@ -61,10 +61,10 @@ class Step:
     leaves: bool = False
 
 
-def obey(session: Session, line: str) -> Step:
+def obey(session: Session, line: str) -> Reaction:
     """A line of the user's: a command, or a prompt. Raises ConfigError, DataError, RunError."""
     if not line.startswith("/"):
-        return Step(session, prompt=line.strip(), seed=session.settings.seed)
+        return Reaction(session, prompt=line.strip(), seed=session.settings.seed)
     name, _, argument = line[1:].strip().partition(" ")
     if name not in COMMANDS:
         raise ConfigError(
@@ -80,28 +80,28 @@ def obey(session: Session, line: str) -> Step:
     return command(session, argument)
 
 
-def _reset(session: Session, _: str) -> Step:
-    return Step(replace(session, turns=()), "the conversation is forgotten")
+def _reset(session: Session, _: str) -> Reaction:
+    return Reaction(replace(session, turns=()), "the conversation is forgotten")
 
 
-def _system(session: Session, text: str) -> Step:
-    return Step(replace(session, system=text or None), "from now on so" if text else "no system message")
+def _system(session: Session, text: str) -> Reaction:
+    return Reaction(replace(session, system=text or None), "from now on so" if text else "no system message")
 
 
-def _undo(session: Session, _: str) -> Step:
+def _undo(session: Session, _: str) -> Reaction:
     if not session.turns:
         raise ConfigError("/undo: there is nothing to take back")
-    return Step(replace(session, turns=session.turns[:-1]), f"taken back: {session.turns[-1].user}")
+    return Reaction(replace(session, turns=session.turns[:-1]), f"taken back: {session.turns[-1].user}")
 
 
-def _retry(session: Session, _: str) -> Step:
+def _retry(session: Session, _: str) -> Reaction:
     if not session.turns:
         raise ConfigError("/retry: there is no answer yet")
     last = session.turns[-1]
-    return Step(replace(session, turns=session.turns[:-1]), prompt=last.user, seed=last.seed + 1)
+    return Reaction(replace(session, turns=session.turns[:-1]), prompt=last.user, seed=last.seed + 1)
 
 
-def _save(session: Session, file: str) -> Step:
+def _save(session: Session, file: str) -> Reaction:
     path = Path(file).expanduser()
     if not session.turns:
         raise RunError("/save: there is nothing to save yet")
@@ -111,10 +111,10 @@ def _save(session: Session, file: str) -> Step:
         write_whole(path, json.dumps({"messages": session.messages()}, ensure_ascii=False) + "\n")
     except OSError as error:
         raise RunError(f"/save {file}: cannot be written: {error.strerror}") from error
-    return Step(session, f"saved: {path}")
+    return Reaction(session, f"saved: {path}")
 
 
-def _load(session: Session, file: str) -> Step:
+def _load(session: Session, file: str) -> Reaction:
     path = Path(file).expanduser()
     rows = list(read_file(path, "jsonl"))
     good = [row for row in rows if not isinstance(row, Broken)]
@@ -132,18 +132,18 @@ def _load(session: Session, file: str) -> Step:
     texts = [str(message["content"]) for message in said]
     seed = session.settings.seed
     turns = tuple(Turn(user, assistant, seed) for user, assistant in zip(texts[::2], texts[1::2], strict=True))
-    return Step(replace(session, system=system, turns=turns), f"loaded: {len(turns)} turns")
+    return Reaction(replace(session, system=system, turns=turns), f"loaded: {len(turns)} turns")
 
 
-def _set(session: Session, words: str) -> Step:
+def _set(session: Session, words: str) -> Reaction:
     name, _, value = words.partition(" ")
     values = session.settings.model_dump()
     if not name:
-        return Step(session, ", ".join(f"{setting} {value}" for setting, value in values.items()))
+        return Reaction(session, ", ".join(f"{setting} {value}" for setting, value in values.items()))
     if name in values and not value.strip():
         raise ConfigError(f"/set {name} VALUE: say to what")
     settings = check_settings({**values, name: value.strip()}, "/set")
-    return Step(replace(session, settings=settings), f"{name} {settings.model_dump()[name]}")
+    return Reaction(replace(session, settings=settings), f"{name} {settings.model_dump()[name]}")
 
 
 def check_settings(values: dict[str, object], where: str) -> Settings:
@@ -151,7 +151,7 @@ def check_settings(values: dict[str, object], where: str) -> Settings:
     return check(Settings, values, dict.fromkeys(values, Layer(where, values)))
 
 
-COMMANDS: dict[str, tuple[str, Callable[[Session, str], Step]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[Session, str], Reaction]]] = {
     "reset": ("", _reset),
     "system": ("TEXT", _system),
     "undo": ("", _undo),
@@ -159,7 +159,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], Step]]] = {
     "save": ("FILE", _save),
     "load": ("FILE", _load),
     "set": ("NAME VALUE", _set),
-    "help": ("", lambda session, _: Step(session, HELP)),
-    "exit": ("", lambda session, _: Step(session, leaves=True)),
+    "help": ("", lambda session, _: Reaction(session, HELP)),
+    "exit": ("", lambda session, _: Reaction(session, leaves=True)),
 }
 """Name to what may stand behind it, and what it does."""

@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lacuna.chat.answer import Answer, Model, ask
-from lacuna.chat.session import Session, Step, Turn, obey
+from lacuna.chat.session import Reaction, Session, Turn, obey
 from lacuna.chat.settings import Settings
 from lacuna.data.formats import Message
 from lacuna.errors import DataError, LacunaError
@@ -163,17 +163,17 @@ def show_answer(console: Console, model: Model, messages: list[Message], setting
             return Answer("".join(said), "interrupted")
 
 
-def answered(console: Console, model: Model, session: Session, step: Step) -> Session:
-    """The session with the answer to a step's prompt. Raises LacunaError where there is none."""
-    prompt, settings = step.prompt, step.session.settings
+def answered(console: Console, model: Model, session: Session, reaction: Reaction) -> Session:
+    """The session with the answer to a reaction's prompt. Raises LacunaError where there is none."""
+    prompt, settings = reaction.prompt, reaction.session.settings
     assert prompt is not None
-    messages = [*step.session.messages(), {"role": "user", "content": prompt}]
-    answer = show_answer(console, model, messages, settings, step.seed)
+    messages = [*reaction.session.messages(), {"role": "user", "content": prompt}]
+    answer = show_answer(console, model, messages, settings, reaction.seed)
     counted = f"{answer.answer_tokens} tokens in {answer.seconds:.1f} s"
     console.print(Text("; ".join([*answer.notes(), *[counted] * (answer.answer_tokens is not None)]), style="dim"))
     if answer.end == "interrupted" and not answer.text:
         return session
-    return replace(step.session, turns=(*step.session.turns, Turn(prompt, answer.text.strip(), step.seed)))
+    return replace(reaction.session, turns=(*reaction.session.turns, Turn(prompt, answer.text.strip(), reaction.seed)))
 
 
 def converse(model: Model, session: Session) -> None:
@@ -190,10 +190,11 @@ def converse(model: Model, session: Session) -> None:
         try:
             line = lines.prompt("> ")
             if line.strip():
-                step = obey(session, line)
-                console.print(Text(visible(step.told), style="dim")) if step.told else None
-                session = answered(console, model, session, step) if step.prompt is not None else step.session
-                leaves = step.leaves
+                reaction = obey(session, line)
+                console.print(Text(visible(reaction.told), style="dim")) if reaction.told else None
+                is_asked = reaction.prompt is not None
+                session = answered(console, model, session, reaction) if is_asked else reaction.session
+                leaves = reaction.leaves
         except KeyboardInterrupt:
             continue
         except EOFError:

@@ -14,7 +14,7 @@ from lacuna.words import shown
 
 if TYPE_CHECKING:
     from lacuna.chat.answer import Model
-    from lacuna.chat.find import Place
+    from lacuna.chat.find import FoundModel
 
 
 def setting_options(**defaults: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -36,23 +36,23 @@ CHANGED_BASE = click.option(
 )
 
 
-def report(text: str) -> None:
+def tell(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
-def load_local(place: "Place") -> "Model":
+def load_local(found: "FoundModel") -> "Model":
     from lacuna.data.hub import models_on_the_hub, stay_offline
 
-    stay_offline(models_on_the_hub(place.model))
+    stay_offline(models_on_the_hub(found.model))
     try:
         from lacuna.chat.local import load
     except ModuleNotFoundError as error:
         raise MissingExtraError("chat", error.name or "torch") from error
-    report(f"loading {place.name}{f' ({place.note})' if place.note else ''}")
-    model = load(place, report)
-    report(f"{model.name} on {model.execution.device.name}, {str(model.execution.dtype).removeprefix('torch.')}")
+    tell(f"loading {found.name}{f' ({found.note})' if found.note else ''}")
+    model = load(found, tell)
+    tell(f"{model.name} on {model.execution.device.name}, {str(model.execution.dtype).removeprefix('torch.')}")
     if not model.is_chat:
-        report("it has no chat template: each prompt is continued as plain text, by itself")
+        tell("it has no chat template: each prompt is continued as plain text, by itself")
     return model
 
 
@@ -120,17 +120,17 @@ def compare(
     from lacuna.chat.session import check_settings
 
     drawn = check_settings({**settings}, FLAGS)
-    places = [find_model(model, None, allow_changed_base) for model in models]
-    names = [place.name for place in places]
+    found = [find_model(model, None, allow_changed_base) for model in models]
+    names = [model.name for model in found]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"compare takes two models or more, each once; given: {', '.join(names)}")
     from lacuna.data.hub import models_on_the_hub, stay_offline
 
-    stay_offline([name for place in places for name in models_on_the_hub(place.model)])
+    stay_offline([name for model in found for name in models_on_the_hub(model.model)])
     try:
         from lacuna.chat import compare as models_beside
     except ModuleNotFoundError as error:
         raise MissingExtraError("chat", error.name or "torch") from error
     models_beside.check_output(output)
     asked = models_beside.read_prompts(prompts)
-    models_beside.show(models_beside.compare(places, asked, drawn, output, report))
+    models_beside.show(models_beside.compare(found, asked, drawn, output, tell))

@@ -24,19 +24,16 @@ from lacuna.experiment.base import Base, load_base
 from lacuna.experiment.confounds import find_confounds
 from lacuna.experiment.schema import Experiment, read_experiment
 from lacuna.experiment.sweep import Settings, combinations, evaluate, fill, matches, names_in, words_in
+from lacuna.runs.mapping import Run
 from lacuna.torchtune.templates import with_todays_template
 from lacuna.words import did_you_mean
 
 
 @dataclass(frozen=True)
-class Run:
-    """settings: what varies, under the user's names, without the seed. values: the whole config."""
+class DesignedRun(Run):
+    """values: the whole config."""
 
-    id: str
-    settings: Settings
-    seed: int | None
     values: Values
-    output_dir: str | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Design:
 
     experiment: Experiment
     base: Base
-    runs: list[Run]
+    runs: list[DesignedRun]
     touched: list[str]
     notes: list[str]
 
@@ -106,7 +103,7 @@ class _Composer:
             path: line for (section, name), path in places.items() if (line := layer.lines.get(f"{section}.{name}"))
         }
 
-    def run(self, id: str, varied: Settings) -> Run:
+    def run(self, id: str, varied: Settings) -> DesignedRun:
         names = {**self.fixed, **{name.removeprefix("+"): value for name, value in varied.items()}}
         override: Values = {}
         seeded = bool(self.experiment.seeds)
@@ -129,7 +126,7 @@ class _Composer:
         override, output_dir = self._own_folder(id, override, names)
         seed = varied["seed"] if seeded else None
         settings = {name.removeprefix("+"): value for name, value in varied.items() if not (seeded and name == "seed")}
-        return Run(id, settings, seed, self._complete(override), output_dir)
+        return DesignedRun(id, settings, seed, output_dir, self._complete(override))
 
     def _derive(self, name: str, path: str, expression: str, names: Settings, values: Values) -> Any:
         """Names are the user's own, else what this run's config holds there.
@@ -201,7 +198,7 @@ def _filled(value: Any, names: Settings) -> Any:
     return fill(value, names) if isinstance(value, str) else value
 
 
-def _collisions(trainer: str, runs: list[Run], touched: list[str]) -> list[str]:
+def _collisions(trainer: str, runs: list[DesignedRun], touched: list[str]) -> list[str]:
     """Runs that would write into one folder, or into each other's, and runs that are the same."""
     owners: dict[tuple[str, str], str] = {}
     problems = []

@@ -12,7 +12,7 @@ from lacuna.errors import ConfigError, Problem
 from lacuna.experiment import folder
 from lacuna.experiment.base import Base
 from lacuna.experiment.checks import check_run
-from lacuna.experiment.design import Design, Run, design
+from lacuna.experiment.design import Design, DesignedRun, design
 from lacuna.files import digest, without_home
 from lacuna.runs.mapping import MAPPING, seal
 from lacuna.torchtune import environment as torchtune
@@ -29,7 +29,7 @@ class Generated:
     output: str
     base: str
     command: list[str]
-    runs: list[Run]
+    runs: list[DesignedRun]
     notes: list[str]
     warnings: list[Problem]
     mapping: dict[str, Any] = field(repr=False)

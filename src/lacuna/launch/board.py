@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lacuna.launch.selection import Planned
 from lacuna.runs.folder import OUTPUT_LOG, read_status
+from lacuna.runs.mapping import GeneratedRun
 from lacuna.visible import visible
 from lacuna.words import format_duration
 
@@ -26,7 +26,9 @@ SHOWN_REASON = 80
 class Board:
     """States of the runs of one call, by id: waiting, running, elsewhere, finished, failed, stopped …"""
 
-    def __init__(self, runs: Sequence[Planned], finished: Sequence[Planned], jobs: int, console: Console) -> None:
+    def __init__(
+        self, runs: Sequence[GeneratedRun], finished: Sequence[GeneratedRun], jobs: int, console: Console
+    ) -> None:
         self.states = {run.id: "waiting" for run in runs} | {run.id: "finished" for run in finished}
         self._runs = {run.id: run for run in sorted([*runs, *finished], key=lambda run: run.index)}
         self._jobs = jobs
@@ -52,7 +54,7 @@ class Board:
         """A line, above the table where there is one."""
         self._console.print(Text(visible(text)), soft_wrap=True)
 
-    def started(self, run: Planned, again: bool) -> None:
+    def started(self, run: GeneratedRun, again: bool) -> None:
         """again: it cannot go on where it was, and begins anew."""
         self.states[run.id] = "running"
         self._starts[run.id] = (time.monotonic(), _share(read_status(run.folder) or {}))
@@ -63,12 +65,12 @@ class Board:
             self.say(f"{run.id} begins again: torchtune cannot go on where it stopped")
         self._event(f"{run.id} started{f' ({own})' if own else ''}")
 
-    def is_elsewhere(self, run: Planned) -> None:
+    def is_elsewhere(self, run: GeneratedRun) -> None:
         if self.states[run.id] != "elsewhere":
             self.states[run.id] = "elsewhere"
             self._event(f"{run.id} runs in another process")
 
-    def ended(self, run: Planned, state: str, reason: str) -> None:
+    def ended(self, run: GeneratedRun, state: str, reason: str) -> None:
         self.states[run.id], self.reasons[run.id] = state, reason
         start = self._starts.pop(run.id, None)
         if state == "finished":

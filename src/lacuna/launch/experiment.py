@@ -18,14 +18,14 @@ from lacuna.launch.board import Board
 from lacuna.launch.devices import shares, visible_devices
 from lacuna.launch.lease import is_leased
 from lacuna.launch.pool import execute
-from lacuna.launch.selection import Planned, choose, plan, with_other_inputs
+from lacuna.launch.selection import choose, missing_and_finished, with_other_inputs
 from lacuna.launch.slurm import distinct_configs, with_configs, write_scripts
 from lacuna.launch.start import processes_of
 from lacuna.machine.detect import read_host
 from lacuna.preflight.ready import problems_of, refuse
 from lacuna.runs.folder import OUTPUT_LOG, is_held, job_of, put_aside
-from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
-from lacuna.runs.status import Row, table
+from lacuna.runs.mapping import MAPPING, GeneratedRun, RunMapping, read_mapping
+from lacuna.runs.status import RunStatus, table
 from lacuna.visible import visible
 
 QUEUED = {"pending", "submitted", "starting", "running", "requeued", "restarting"}
@@ -42,7 +42,7 @@ class Outcome:
     """
 
     configs: str
-    rows: list[Row]
+    rows: list[RunStatus]
     exit_code: int
     jobs: list[str]
 
@@ -82,7 +82,7 @@ def run(
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     mapping = read_mapping(target)
     chosen = choose(mapping, [only] if isinstance(only, str) else only)
-    missing, finished = plan(mapping, chosen)
+    missing, finished = missing_and_finished(mapping, chosen)
     others = with_other_inputs(mapping, finished)
     if others and not again:
         raise OtherInputsError(list(_tell_others(others, len(finished))))
@@ -97,7 +97,7 @@ def run(
     if others:
         for run, _ in others:
             console.print(f"note: {run.id}, finished, is kept: {put_aside(run.folder)}", soft_wrap=True, markup=False)
-        missing, finished = plan(mapping, chosen)
+        missing, finished = missing_and_finished(mapping, chosen)
         missing = [run for run in missing if run.id not in queued]
     place = os.path.relpath(mapping.file.parent)
     if slurm:
@@ -120,7 +120,7 @@ def run(
     return Outcome(place, rows, 128 + signals[0] if signals else 0 if all_finished else 1, [])
 
 
-def _tell_others(others: Sequence[tuple[Planned, Sequence[str]]], finished: int) -> Iterator[str]:
+def _tell_others(others: Sequence[tuple[GeneratedRun, Sequence[str]]], finished: int) -> Iterator[str]:
     runs: dict[str, list[str]] = {}
     for run, changed in others:
         runs.setdefault(", ".join(changed), []).append(run.id)
@@ -157,12 +157,12 @@ def _check_options(
         raise ConfigError(problems)
 
 
-def _rows(mapping: RunMapping, chosen: Sequence[int]) -> list[Row]:
+def _rows(mapping: RunMapping, chosen: Sequence[int]) -> list[RunStatus]:
     rows = table(mapping.file)
     return [rows[index] for index in chosen]
 
 
-def _is_queued(row: Row) -> bool:
+def _is_queued(row: RunStatus) -> bool:
     """Whether SLURM has the run in a job, other than this one; what a process here has is not SLURM's."""
     is_in_a_job = row.job is not None and row.state in QUEUED and row.job != job_of(os.environ).get("job")
     return is_in_a_job and not is_leased(Path(str(row.folder)))
@@ -182,7 +182,7 @@ def _shares(mapping: RunMapping, jobs: int) -> list[dict[str, str]]:
 def _submit(
     mapping: RunMapping,
     chosen: Sequence[int],
-    missing: Sequence[Planned],
+    missing: Sequence[GeneratedRun],
     place: str,
     cluster: str | None,
     output: str,
@@ -207,14 +207,16 @@ def _submit(
     return Outcome(place, _rows(mapping, chosen), 0, jobs)
 
 
-def _known(row: Row, board: Board) -> Row:
+def _known(row: RunStatus, board: Board) -> RunStatus:
     """A run that failed before it had a status of its own."""
     if board.states.get(row.run) == "failed" and row.state != "failed":
         return replace(row, state="failed", reason=board.reasons[row.run])
     return row
 
 
-def _tell(rows: Sequence[Row], started: Sequence[Planned], again: str, is_stopped: bool, console: Console) -> None:
+def _tell(
+    rows: Sequence[RunStatus], started: Sequence[GeneratedRun], again: str, is_stopped: bool, console: Console
+) -> None:
     """How it ended: what failed and why, and what goes on."""
 
     def say(text: str) -> None:

@@ -16,10 +16,11 @@ import psutil
 from lacuna.errors import LacunaError, RunError
 from lacuna.launch.board import Board
 from lacuna.launch.lease import take
-from lacuna.launch.selection import Planned, is_finished
+from lacuna.launch.selection import is_finished
 from lacuna.processes import Asked
 from lacuna.runs.folder import OUTPUT_LOG, is_held, read_status, write_status
 from lacuna.runs.logs import last_words, tail
+from lacuna.runs.mapping import GeneratedRun
 
 LOOK_SECONDS = 0.1
 
@@ -28,7 +29,7 @@ LOOK_SECONDS = 0.1
 class Child:
     """A run that was started, at a time in seconds since 1970. size: of its log before."""
 
-    run: Planned
+    run: GeneratedRun
     process: subprocess.Popen[bytes]
     lease: int
     size: int
@@ -36,7 +37,11 @@ class Child:
 
 
 def execute(
-    runs: Sequence[Planned], words: Sequence[str], directory: Path, shares: Sequence[Mapping[str, str]], board: Board
+    runs: Sequence[GeneratedRun],
+    words: Sequence[str],
+    directory: Path,
+    shares: Sequence[Mapping[str, str]],
+    board: Board,
 ) -> list[int]:
     """Run them, one for each of the shares at a time, and return the signals that came.
 
@@ -76,7 +81,12 @@ def execute(
 
 
 def _start_next(
-    waiting: list[Planned], began: float, words: Sequence[str], directory: Path, share: Mapping[str, str], board: Board
+    waiting: list[GeneratedRun],
+    began: float,
+    words: Sequence[str],
+    directory: Path,
+    share: Mapping[str, str],
+    board: Board,
 ) -> Child | None:
     """Start the first of those that wait and that no other has. What others have finished or failed waits no more."""
     for run in list(waiting):
@@ -97,7 +107,7 @@ def _start_next(
     return None
 
 
-def _is_over(run: Planned, began: float, board: Board) -> bool:
+def _is_over(run: GeneratedRun, began: float, board: Board) -> bool:
     """Whether another caller has finished the run, or failed to since this call began; that is said then."""
     status = read_status(run.folder) or {}
     if is_finished(run):
@@ -110,7 +120,7 @@ def _is_over(run: Planned, began: float, board: Board) -> bool:
 
 
 def _start(
-    run: Planned, lease: int, words: Sequence[str], directory: Path, share: Mapping[str, str], board: Board
+    run: GeneratedRun, lease: int, words: Sequence[str], directory: Path, share: Mapping[str, str], board: Board
 ) -> Child:
     board.started(run, again=run.trainer == "torchtune" and read_status(run.folder) is not None)
     environment = {**os.environ, **share}

@@ -119,7 +119,7 @@ def write_scripts(
         chosen = range(len(mapping.items)) if runs is None else runs
         if submits:
             found = problems_of(mapping, chosen, torchtune_python) if problems is None else problems
-            refuse(found, [mapping.places[index][0] for index in chosen])
+            refuse(found, [mapping.ids[index] for index in chosen])
         notes += warning_lines(problems or [], mapping.head["trainer"])
         jobs = _jobs_of_mapping(mapping, settings, Path(output).absolute(), torchtune_python, chosen)
     else:
@@ -173,10 +173,9 @@ def _file_name(text: str) -> str:
 
 def distinct_configs(mapping: RunMapping) -> list[Path]:
     """The first config, and all of them where processes or devices vary: reading all takes its time."""
-    first = mapping.entry(0)
-    varies = any(name.rpartition(".")[2] in ("gpus", "device") for name in first["params"])
-    entries = [mapping.entry(index) for index in range(len(mapping.items))] if varies else [first]
-    return [mapping.file.with_name(entry["config"]) for entry in entries]
+    first = mapping.run(0)
+    varies = any(name.rpartition(".")[2] in ("gpus", "device") for name in first.settings)
+    return [mapping.run(index).config for index in range(len(mapping.items))] if varies else [first.config]
 
 
 def _job_of_config(config: Path, settings: SlurmSettings, output: Path) -> Job:

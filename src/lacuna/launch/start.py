@@ -20,8 +20,8 @@ from lacuna.words import did_you_mean
 
 
 @dataclass(frozen=True)
-class Task:
-    """A run to start. gpus: its processes on a node. recipe and output_dir: torchtune's."""
+class Launch:
+    """What to start: a run of a mapping, or one config. gpus: processes on a node. recipe, output_dir: torchtune's."""
 
     trainer: str
     config: Path
@@ -36,36 +36,34 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
     target: a run mapping and an index in it, or a config alone. sha256: what the target must have.
     Raises ConfigError where a file is not the one that was generated or submitted, or where torchtune could not start.
     """
-    task = find_task(target, index, sha256)
-    words = command(task, os.environ, torchtune_python)
-    if task.trainer == "torchtune":
+    launch = find_launch(target, index, sha256)
+    words = command(launch, os.environ, torchtune_python)
+    if launch.trainer == "torchtune":
         problems = refusals(problems_of(read_mapping(target), [index or 0], torchtune_python, asks_torchtune=False))
-        return run_torchtune(words, task.config, task.gpus * nodes(os.environ), task.output_dir, problems)
+        return run_torchtune(words, launch.config, launch.gpus * nodes(os.environ), launch.output_dir, problems)
     if nodes(os.environ) > 1:
         return run_torchrun(words)
     os.execv(words[0], words)
 
 
-def find_task(target: str, index: int | None, sha256: str | None) -> Task:
+def find_launch(target: str, index: int | None, sha256: str | None) -> Launch:
     """Raises ConfigError: no such run, a file that was changed, or a config of no trainer."""
     if Path(target).name == MAPPING or Path(target).is_dir():
         if index is None:
             raise ConfigError(f"{target}: which run of it? lacuna start {target} 0")
         mapping = read_mapping(target)
         _refuse_change(mapping.file, mapping.sha256, sha256)
-        entry = mapping.entry(index)
-        config = mapping.file.with_name(entry["config"])
-        _refuse_change(config, digest_of(config), entry["sha256"])
-        head = mapping.head
-        if head["trainer"] == "torchtune":
-            return Task("torchtune", config, head["gpus"], head.get("recipe"), entry["output_dir"])
-        return Task(head["trainer"], config, processes_of(config))
+        run, head = mapping.run(index), mapping.head
+        _refuse_change(run.config, digest_of(run.config), run.sha256)
+        if run.trainer == "torchtune":
+            return Launch(run.trainer, run.config, head["gpus"], head.get("recipe"), run.output_dir)
+        return Launch(run.trainer, run.config, processes_of(run.config))
     config = Path(target).absolute()
     if index is not None:
         raise ConfigError(f"{target} is one config, and has no run {index}")
     trainer = config_trainer(config)
     _refuse_change(config, digest_of(config), sha256)
-    return Task(trainer, config, processes_of(config))
+    return Launch(trainer, config, processes_of(config))
 
 
 def config_trainer(config: Path) -> str:
@@ -104,14 +102,14 @@ def nodes(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_NNODES", 1))
 
 
-def command(task: Task, environment: Mapping[str, str], torchtune_python: str | None) -> list[str]:
+def command(launch: Launch, environment: Mapping[str, str], torchtune_python: str | None) -> list[str]:
     """What starts the run; where SLURM gave several nodes, the torchrun of this one."""
-    if task.trainer == "torchtune":
+    if launch.trainer == "torchtune":
         found = torchtune.need_environment(torchtune_python)
-        tune, run, *rest = torchtune.command(found, task.recipe, task.gpus, str(task.config))
-        flags = rendezvous(task.gpus, environment) if nodes(environment) > 1 else []
+        tune, run, *rest = torchtune.command(found, launch.recipe, launch.gpus, str(launch.config))
+        flags = rendezvous(launch.gpus, environment) if nodes(environment) > 1 else []
         return [tune, run, *flags, *rest]
-    words = [task.trainer, "--config" if task.trainer == "finetune" else "@", str(task.config)]
+    words = [launch.trainer, "--config" if launch.trainer == "finetune" else "@", str(launch.config)]
     if nodes(environment) > 1:
-        return torchrun(words, task.gpus, environment)
+        return torchrun(words, launch.gpus, environment)
     return [sys.executable, "-m", "lacuna", *words]

@@ -74,8 +74,8 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run is planned for. room: bytes that it may take there; None where that is not known."""
+class Capacity:
+    """What a run is planned for. room: bytes that it may take there; None where that is not known."""
 
     device: Device
     room: int | None
@@ -98,7 +98,7 @@ def plan_runs(
         model, said = model_of(flat[name].model_name, flat[name].model_revision, base)
         shape = said or "" if model is None else shape_of(flat[name].model_name, model)
         known = speed or speed_of(flat[name].output_dir, flat[name].model_name, device.name)
-        one = plan_run(name, config, shape, counted[name], Place(device, room), known)
+        one = plan_run(name, config, shape, counted[name], Capacity(device, room), known)
         if trace and (one.memory is not None or isinstance(shape, str)):
             one = traced(one, config, device, room, counted[name], model if said else None)
         plans.append(replace(one, notes=[*one.notes, said]) if model is not None and said else one)
@@ -148,16 +148,16 @@ def traced(
 
 
 def plan_run(
-    name: str, config: Config, shape: ModelShape | str, counts: Counts | str, place: Place, known: Speed | None
+    name: str, config: Config, shape: ModelShape | str, counts: Counts | str, capacity: Capacity, known: Speed | None
 ) -> RunPlan:
-    """known: the speed that the user gave or that runs in the same place have reached; None takes a usual one."""
-    flat, device = flat_of(config), place.device
+    """known: the speed that the user gave or that runs on the same device have reached; None takes a usual one."""
+    flat, device = flat_of(config), capacity.device
     facts: dict[str, Any] = {"data": None, "steps": flat.steps, **_tokens(flat, counts)}
     if not isinstance(counts, str):
         facts |= {"data": vars(counts), "steps": counts.steps}
     named: dict[str, Any] = {
         "name": name, "trainer": config.model_dump()["trainer"], "model": flat.model_name, "device": device.name,
-        "device_memory": place.room, "processes": flat.gpus, "data": facts["data"], "steps": facts["steps"],
+        "device_memory": capacity.room, "processes": flat.gpus, "data": facts["data"], "steps": facts["steps"],
         "tokens": facts["tokens"], "not_counted": counts if isinstance(counts, str) else None,
     }  # fmt: skip
     if isinstance(shape, str):
@@ -184,7 +184,7 @@ def plan_run(
         trained=trained,
         memory=memory,
         checkpointing=step.checkpointing,
-        fits=None if place.room is None else fits(shape, step, place.room),
+        fits=None if capacity.room is None else fits(shape, step, capacity.room),
         host=RUNTIME + max(_loading(shape, step), checkpoint / flat.gpus),
         checkpoint=checkpoint,
         disk=kept * checkpoint + final,
@@ -192,7 +192,7 @@ def plan_run(
         speed=speed,
         seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
         notes=[FULL_ROWS] if isinstance(counts, str) and facts["tokens"] is not None else [],
-        advice=advise(shape, step, place.room, names, math.ceil(flat.batch_size / flat.gpus)),
+        advice=advise(shape, step, capacity.room, names, math.ceil(flat.batch_size / flat.gpus)),
     )
 
 

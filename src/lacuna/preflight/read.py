@@ -56,7 +56,7 @@ def _designed(source: str, torchtune_python: str | None) -> Runs:
 def _generated(folder: str, torchtune_python: str | None) -> Runs:
     mapping = read_mapping(folder)
     head = mapping.head
-    layers = {id: read_layer(mapping.file.parent / f"{id}.yaml") for id, _ in mapping.places}
+    layers = {id: read_layer(mapping.file.parent / f"{id}.yaml") for id in mapping.ids}
     name = str(head["experiment"]["experiment_name"])
     if head["trainer"] != "torchtune":
         return Runs(name, _checked(head["trainer"], {id: layer.values for id, layer in layers.items()}))

@@ -24,8 +24,8 @@ def problems_of(
     """
     if not indices:
         return []
-    entries = [mapping.entry(index) for index in indices]
-    configs = {entry["id"]: read_layer(mapping.file.with_name(entry["config"])).values for entry in entries}
+    runs = [mapping.run(index) for index in indices]
+    configs = {run.id: read_layer(run.config).values for run in runs}
     head, folder = mapping.head, mapping.file.parent
     with contextlib.chdir(mapping.directory):
         if head["trainer"] != "torchtune":
@@ -40,9 +40,8 @@ def torchtune_problems(config: Path) -> list[Problem]:
     recipe of its mapping, otherwise with the one that it looks most like."""
     if (config.parent / MAPPING).is_file():
         mapping = read_mapping(config.parent)
-        index = next((index for index, (id, _) in enumerate(mapping.places) if id == config.stem), None)
-        if index is not None:
-            return problems_of(mapping, [index], None)
+        if config.stem in mapping.ids:
+            return problems_of(mapping, [mapping.ids.index(config.stem)], None)
     base = load_own(read_layer(config), None, None, None)
     return check_configs(base, {config.stem: base.values}, [], config.parent)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from lacuna.files import digest
 from lacuna.reports.metric import Curve, final_value
 from lacuna.reports.results import RunResult
 from lacuna.runs.folder import read_status, starts_of
-from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
+from lacuna.runs.mapping import MAPPING, GeneratedRun, RunMapping, read_mapping
 from lacuna.runs.metrics import read_evaluation, read_metrics
 from lacuna.runs.same import difference, recorded
-from lacuna.runs.status import Row, table
-from lacuna.words import shown
+from lacuna.runs.status import RunStatus, table
+from lacuna.words import varies
 
 SEED_NAMES = ("seed", "training.seed")
 OTHER_SETTINGS = "other settings"
@@ -41,10 +41,10 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One entry of the mapping and its config. own: as our trainers read it; None: torchtune's, which is in values."""
+class Expected:
+    """A run as its config says it. own: as our trainers read it; None: torchtune's, which is in values."""
 
-    entry: Mapping[str, Any]
+    run: GeneratedRun
     own: TrainingConfig | FinetuneConfig | None
     values: Mapping[str, Any]
     processes: int
@@ -59,13 +59,13 @@ def collect(where: str | Path) -> Collected:
     if file.name != MAPPING and not (file / MAPPING).is_file():
         raise RunError(f"{where}: {NO_DESIGN}" if file.exists() else f"{where}: no such folder, and no {MAPPING}")
     mapping = read_mapping(file)
-    generated = list(_configs(mapping))
     results: list[RunResult] = []
     weights: set[str] = set()
     problems: list[str] = []
-    for run, row in zip(generated, table(mapping.file), strict=True):
+    every = list(_expected(mapping))
+    for expected, status in zip(every, table(mapping.file), strict=True):
         try:
-            result, final_weights = _result(run, row)
+            result, final_weights = _result(expected, status)
         except RunError as error:
             problems += error.problems
             continue
@@ -76,19 +76,18 @@ def collect(where: str | Path) -> Collected:
     return Collected(mapping, results, weights)
 
 
-def _configs(mapping: RunMapping) -> Iterator[Generated]:
+def _expected(mapping: RunMapping) -> Iterator[Expected]:
     trainer = mapping.head["trainer"]
     changed = []
     for index in range(len(mapping.items)):
-        entry = mapping.entry(index)
-        file = mapping.file.with_name(entry["config"])
-        if not file.is_file() or digest(file.read_bytes()) != entry["sha256"]:
-            changed.append(entry["config"])
+        run = mapping.run(index)
+        if not run.config.is_file() or digest(run.config.read_bytes()) != run.sha256:
+            changed.append(run.config.name)
             continue
-        values = read_layer(file).values
+        values = read_layer(run.config).values
         own = None if trainer == "torchtune" else check(CONFIGS[trainer], values, {})
         processes = own.gpus if own is not None else int(mapping.head.get("gpus", 1))
-        yield Generated(entry, own, values, processes)
+        yield Expected(run, own, values, processes)
     if changed:
         raise ConfigError(
             f"{mapping.file.parent}: {len(changed)} configs are missing, or were changed since they were generated "
@@ -100,46 +99,71 @@ def _flat(config: TrainingConfig | FinetuneConfig | None, devices: int) -> Train
     return config.as_sft(devices) if isinstance(config, FinetuneConfig) else config
 
 
-def _result(run: Generated, row: Row) -> tuple[RunResult, set[str]]:
+def _result(expected: Expected, status: RunStatus) -> tuple[RunResult, set[str]]:
     """A run, and if it has finished, which weights its final folder holds. Raises RunError."""
-    settings = {name: value for name, value in run.entry["params"].items() if name not in SEED_NAMES}
-    seeds = [run.entry["seed"], *(run.entry["params"].get(name) for name in SEED_NAMES)]
-    seed = next((seed for seed in seeds if seed is not None), None)
-    arm = ", ".join(f"{name}={shown(value)}" for name, value in settings.items()) or "all runs"
-    state = "not started" if row.state == "not submitted" else row.state
-    folder = Path(row.folder) if row.folder is not None else None
-    status = read_status(folder) if folder is not None else None
-    if folder is None or status is None:
-        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, row.reason, {}, {}, {}, {}), set()
+    result = _unread(expected.run, status)
+    folder = Path(status.folder or "")
+    written = read_status(folder) if status.folder is not None else None
+    if written is None:
+        return result, set()
     facts = (starts_of(folder) or [{}])[-1]
-    devices = facts.get("devices") or run.processes
-    if (foreign := _foreign(run, folder, devices, state)) is not None:
-        state = OTHER_SETTINGS
-        return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, foreign, {}, {}, {}, facts), set()
+    devices = facts.get("devices") or expected.processes
+    if (foreign := _foreign(expected, folder, devices, result.state)) is not None:
+        return replace(result, state=OTHER_SETTINGS, reason=foreign, facts=facts), set()
     curves = _curves(folder)
-    own = recorded(folder, type(run.own)) if run.own is not None and (folder / "config.toml").is_file() else run.own
-    flat = _flat(own, devices)
-    budget = _budget(run, flat, devices, status, curves, facts)
-    is_finished = state == "finished"
-    metrics, reason = _final(folder, status, curves, flat) if is_finished else ({}, row.reason)
-    found = (metrics, {name: _finite(curve) for name, curve in curves.items()}, budget, facts)
-    weights: set[str] = {flat.final_weights} if flat is not None and is_finished else set()
-    return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason or row.reason, *found), weights
+    config = _flat(_recorded(expected, folder), devices)
+    result = replace(
+        result,
+        curves={name: _finite(curve) for name, curve in curves.items()},
+        budget=_budget(expected, config, devices, written, curves, facts),
+        facts=facts,
+    )
+    if result.state != "finished":
+        return result, set()
+    metrics, lost = _final(folder, written, curves, config)
+    weights: set[str] = set() if config is None else {config.final_weights}
+    return replace(result, metrics=metrics, reason=lost or status.reason), weights
 
 
-def _foreign(run: Generated, folder: Path, devices: int, state: str) -> str | None:
+def _unread(run: GeneratedRun, status: RunStatus) -> RunResult:
+    """What mapping and status say of a run; a seed among its settings is its seed."""
+    settings = {name: value for name, value in run.settings.items() if name not in SEED_NAMES}
+    seeds = [run.seed, *(run.settings.get(name) for name in SEED_NAMES)]
+    return RunResult(
+        id=run.id,
+        arm=varies(settings) or "all runs",
+        settings=settings,
+        seed=next((seed for seed in seeds if seed is not None), None),
+        folder=status.folder,
+        state="not started" if status.state == "not submitted" else status.state,
+        reason=status.reason,
+        metrics={},
+        curves={},
+        budget={},
+        facts={},
+    )
+
+
+def _recorded(expected: Expected, folder: Path) -> TrainingConfig | FinetuneConfig | None:
+    """The config that the run was started with, where it has come to writing it down."""
+    if expected.own is None or not (folder / "config.toml").is_file():
+        return expected.own
+    return recorded(folder, type(expected.own))
+
+
+def _foreign(expected: Expected, folder: Path, devices: int, state: str) -> str | None:
     """How the settings of the folder's run are others than the mapping's; None where they are the same.
 
     A run that has not finished may not have come to writing them down.
     """
-    file = folder / ("config.yaml" if run.own is None else "config.toml")
+    file = folder / ("config.yaml" if expected.own is None else "config.toml")
     if not file.is_file():
         return f"the folder has no {file.name}, which would say whose run it is" if state == "finished" else None
-    if run.own is None:
-        is_same = digest(file.read_bytes()) == run.entry["sha256"]
+    if expected.own is None:
+        is_same = digest(file.read_bytes()) == expected.run.sha256
         return None if is_same else f"{file} is not the config that the mapping names"
     try:
-        return difference(folder, run.own, devices, run.entry["params"])
+        return difference(folder, expected.own, devices, expected.run.settings)
     except ConfigError as error:
         return str(error)
 
@@ -184,7 +208,7 @@ def _final(
 
 
 def _budget(
-    run: Generated, config: TrainingConfig | None, devices: int, status: Mapping[str, Any],
+    expected: Expected, config: TrainingConfig | None, devices: int, status: Mapping[str, Any],
     curves: Mapping[str, Curve], facts: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """By the names of results.BUDGET; what is not known is left out."""
@@ -194,7 +218,7 @@ def _budget(
         "steps": steps,
         "tokens": curves["tokens"][-1][1] if "tokens" in curves else None,
         "targets": sum(value for _, value in targets) if len(targets) == steps else None,
-        **(_layout(run, config) if config is not None else _torchtune_layout(run.values, devices)),
+        **(_layout(expected, config) if config is not None else _torchtune_layout(expected.values, devices)),
         "parameters": facts.get("trained_parameters"),
         "seconds": status.get("seconds"),
         "devices": devices,
@@ -205,8 +229,8 @@ def _budget(
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _layout(run: Generated, config: TrainingConfig) -> dict[str, Any]:
-    packing = run.own.training.packing if isinstance(run.own, FinetuneConfig) else config.packing
+def _layout(expected: Expected, config: TrainingConfig) -> dict[str, Any]:
+    packing = expected.own.training.packing if isinstance(expected.own, FinetuneConfig) else config.packing
     return {"batch_size": config.batch_size, "packing": packing, "epochs": config.epochs}
 
 

@@ -1,7 +1,11 @@
-"""run_mapping.yaml, read. Runs are cut out of the text and parsed one by one: all of 10,000 would take two seconds."""
+"""A run of an experiment, and run_mapping.yaml, which lists them.
+
+Runs are cut out of the text and parsed one by one: all of 10,000 would take two seconds.
+"""
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +14,47 @@ from typing import Any
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 from lacuna.files import digest
+from lacuna.words import varies
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./=+ -]*[\w/]")
 """Text that YAML writes without quotes and that is surely no number, date or null when it has a slash or digits."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment, whoever looks at it.
+
+    settings: what varies, under the user's names, without the experiment's seeds (in the mapping: `params`).
+    output_dir: as its config has it; None where that names none.
+    """
+
+    id: str
+    settings: Mapping[str, Any]
+    seed: int | None
+    output_dir: str | None
+
+    @property
+    def varies(self) -> str:
+        """Its settings, as `learning_rate=0.001, lora_rank=8`."""
+        return varies(self.settings)
+
+
+@dataclass(frozen=True)
+class GeneratedRun(Run):
+    """An entry of a mapping. config: its file, which had this sha256. directory: where it starts."""
+
+    index: int
+    trainer: str
+    config: Path
+    sha256: str
+    directory: Path
+
+    @cached_property
+    def folder(self) -> Path:
+        """The run folder. Raises ConfigError where nothing says where it is."""
+        if self.output_dir is None:
+            raise ConfigError("it has no output_dir, by which it could be known again: give the experiment one")
+        return self.directory / Path(self.output_dir).expanduser()
 
 
 @dataclass(frozen=True)
@@ -24,12 +66,22 @@ class RunMapping:
     head: dict[str, Any]
     items: list[str]
 
-    def entry(self, index: int) -> dict[str, Any]:
-        """A run's id, params, seed, config, sha256 and output_dir. Raises ConfigError where there is no such run."""
+    def run(self, index: int) -> GeneratedRun:
+        """Raises ConfigError where there is no such run."""
         if not 0 <= index < len(self.items):
             raise ConfigError(f"{self.file}: there is no run {index}: it has runs 0 to {len(self.items) - 1}")
-        found: dict[str, Any] = parse_yaml(f"runs:\n{self.items[index]}", str(self.file))[0]["runs"][0]
-        return found
+        entry = parse_yaml(f"runs:\n{self.items[index]}", str(self.file))[0]["runs"][0]
+        return GeneratedRun(
+            id=entry["id"],
+            settings=entry["params"],
+            seed=entry["seed"],
+            output_dir=entry["output_dir"],
+            index=index,
+            trainer=self.head["trainer"],
+            config=self.file.with_name(entry["config"]),
+            sha256=entry["sha256"],
+            directory=self.directory,
+        )
 
     @cached_property
     def directory(self) -> Path:
@@ -37,22 +89,26 @@ class RunMapping:
 
         As it is called from the working directory, which it is itself where the other is not there any more.
         """
-        place = self.file.parent / Path(self.head.get("directory", self.file)).expanduser()
-        return Path(os.path.relpath(place.resolve())) if place.is_dir() else Path()
+        found = self.file.parent / Path(self.head.get("directory", self.file)).expanduser()
+        return Path(os.path.relpath(found.resolve())) if found.is_dir() else Path()
 
     @cached_property
-    def places(self) -> list[tuple[str, str | None]]:
-        """Id and output_dir of every run."""
+    def folders(self) -> dict[str, Path | None]:
+        """The run folder of every run, by its id; None where nothing says where it is."""
         pairs = [
             (re.search(r"^- id: (.*)$", item, re.MULTILINE), re.search(r"^  output_dir: (.*)$", item, re.MULTILINE))
             for item in self.items
         ]
-        return [(_scalar(id[1]) or "", _scalar(place[1])) for id, place in pairs if id and place]
+        written = {_scalar(id[1]) or "": _scalar(output_dir[1]) for id, output_dir in pairs if id and output_dir}
+        return {
+            id: None if output_dir is None else self.directory / Path(output_dir).expanduser()
+            for id, output_dir in written.items()
+        }
 
-    def folder(self, index: int) -> Path | None:
-        """The run folder of a run; None where nothing says where it is."""
-        place = self.places[index][1]
-        return self.directory / Path(place).expanduser() if place is not None else None
+    @cached_property
+    def ids(self) -> list[str]:
+        """Of every run, in the order of their indices."""
+        return list(self.folders)
 
 
 def read_mapping(path: str | Path) -> RunMapping:

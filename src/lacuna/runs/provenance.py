@@ -163,12 +163,12 @@ def experiment_of(config: Path, sha256: str) -> dict[str, Any] | None:
     except ConfigError:
         return None
     for index, item in enumerate(mapping.items):
-        if sha256 in item and (entry := mapping.entry(index))["config"] == config.name:
+        if sha256 in item and (run := mapping.run(index)).config.name == config.name:
             return {
                 "name": mapping.head["experiment"]["experiment_name"],
-                "run": entry["id"],
-                "params": entry["params"],
-                "seed": entry["seed"],
+                "run": run.id,
+                "params": run.settings,
+                "seed": run.seed,
                 "mapping": without_home(str(mapping.file)),
                 "mapping_sha256": mapping.sha256,
             }

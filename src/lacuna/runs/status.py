@@ -34,8 +34,8 @@ ENDS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run. tokens_per_second and loss: of the last logged step. reason: of a failure, or of waiting."""
+class RunStatus:
+    """How a run is. tokens_per_second and loss: of the last logged step. reason: of a failure, or of waiting."""
 
     run: str
     folder: str | None
@@ -50,10 +50,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A run that exists or shall: submission and index say where a job of it is, or was, in the queue."""
+class Watched:
+    """A run that exists or shall: submission and task say where a job of it is, or was, in the queue."""
 
-    run: str
+    name: str
     folder: Path | None
     submission: Submission | None = None
     task: int = 0
@@ -65,54 +65,56 @@ class Place:
         return f"{self.submission.job}_{self.task}" if self.submission is not None else None
 
 
-def table(where: str | Path) -> list[Row]:
+def table(where: str | Path) -> list[RunStatus]:
     """A row for each run of a run folder, a folder of run folders, or a run mapping. Raises RunError, ConfigError."""
     queue = read_queue()
-    places = find_runs(Path(where))
-    found = [(place, read_status(place.folder) if place.folder is not None else None) for place in places]
+    watched = find_runs(Path(where))
+    found = [(run, read_status(run.folder) if run.folder is not None else None) for run in watched]
     alive = {
-        place.folder
-        for place, status in found
-        if place.folder is not None and (status or {}).get("state") in ("starting", "running") and is_held(place.folder)
+        run.folder
+        for run, status in found
+        if run.folder is not None and (status or {}).get("state") in ("starting", "running") and is_held(run.folder)
     }
-    unclear = [job for place, status in found if (job := _unclear(place, status, queue, place.folder in alive))]
+    unclear = [job for run, status in found if (job := _unclear(run, status, queue, run.folder in alive))]
     past = {job: state for job, state in queue.jobs.items() if state.is_over}
     past |= read_past([job for job in unclear if job not in past]) if queue.time is not None else {}
-    return [_row(place, status, place.folder in alive, queue, past) for place, status in found]
+    return [_status_of(run, status, run.folder in alive, queue, past) for run, status in found]
 
 
-def _job(place: Place, status: Mapping[str, Any] | None, queue: Queue) -> str | None:
+def _job(run: Watched, status: Mapping[str, Any] | None, queue: Queue) -> str | None:
     """The job of a run: the one that it was submitted as last, if that waits or runs, else the one that it names."""
     named = (status or {}).get("job")
-    submitted = queue.jobs.get(place.job or "")
-    return place.job if named is None or (submitted is not None and not submitted.is_over) else str(named)
+    submitted = queue.jobs.get(run.job or "")
+    return run.job if named is None or (submitted is not None and not submitted.is_over) else str(named)
 
 
-def _unclear(place: Place, status: Mapping[str, Any] | None, queue: Queue, alive: bool) -> str | None:
+def _unclear(run: Watched, status: Mapping[str, Any] | None, queue: Queue, alive: bool) -> str | None:
     """The job to ask the accounting about: where a run is not done and its job is not in the queue."""
-    job = _job(place, status, queue)
+    job = _job(run, status, queue)
     is_told = (status or {}).get("state") in ("finished", "failed") or alive or job in queue.jobs
     return None if is_told else job
 
 
-def _row(
-    place: Place, status: Mapping[str, Any] | None, alive: bool, queue: Queue, past: Mapping[str, JobState]
-) -> Row:
-    job = _job(place, status, queue)
+def _status_of(
+    run: Watched, status: Mapping[str, Any] | None, alive: bool, queue: Queue, past: Mapping[str, JobState]
+) -> RunStatus:
+    job = _job(run, status, queue)
     active = queue.jobs.get(job or "")
     active = None if active is not None and active.is_over else active
-    folder = str(place.folder) if place.folder is not None else None
-    if status is None and place.folder is not None and (place.folder / "status.json").exists():
-        return Row(place.run, folder, "died", job=job, reason="status.json cannot be read; starting the run mends it")
+    folder = str(run.folder) if run.folder is not None else None
+    if status is None and run.folder is not None and (run.folder / "status.json").exists():
+        return RunStatus(
+            run.name, folder, "died", job=job, reason="status.json cannot be read; starting the run mends it"
+        )
     if status is None:
-        state, reason = _unstarted(place, queue.time, active, past.get(job or ""))
-        return Row(place.run, folder, state, job=job, reason=reason)
+        state, reason = _unstarted(run, queue.time, active, past.get(job or ""))
+        return RunStatus(run.name, folder, state, job=job, reason=reason)
     is_newer = queue.time is not None and status.get("time", 0) > queue.time
     state, reason = _started(status, alive or is_newer, active, past.get(job or ""))
-    if state == "finished" and place.folder is not None:
-        reason = _changed(place.folder, place.directory) or reason
-    return Row(
-        place.run,
+    if state == "finished" and run.folder is not None:
+        reason = _changed(run.folder, run.directory) or reason
+    return RunStatus(
+        run.name,
         folder,
         state,
         status.get("step"),
@@ -134,17 +136,17 @@ def _changed(folder: Path, directory: Path) -> str:
     return CHANGED + ", ".join(changed) if changed else ""
 
 
-def _unstarted(place: Place, asked: float | None, active: JobState | None, end: JobState | None) -> tuple[str, str]:
+def _unstarted(run: Watched, asked: float | None, active: JobState | None, end: JobState | None) -> tuple[str, str]:
     """asked: when SLURM was, which may have been before the job was submitted."""
     if active is not None:
         return ("pending", active.reason) if active.is_waiting else ("starting", "")
-    if place.submission is None:
+    if run.submission is None:
         return "not submitted", ""
-    if asked is None or asked < place.submission.time:
+    if asked is None or asked < run.submission.time:
         return "submitted", ""
     state, why = ENDS.get(end.state, ("failed", "")) if end is not None else ("failed", "")
-    log = Path(place.submission.logs, f"{place.job}.log")
-    return state, last_words(tail(log)) or why or f"job {place.job} is over, and has left no log at {log}"
+    log = Path(run.submission.logs, f"{run.job}.log")
+    return state, last_words(tail(log)) or why or f"job {run.job} is over, and has left no log at {log}"
 
 
 def _started(status: Mapping[str, Any], alive: bool, active: JobState | None, end: JobState | None) -> tuple[str, str]:
@@ -165,15 +167,15 @@ def _started(status: Mapping[str, Any], alive: bool, active: JobState | None, en
     return "died", f"process {status.get('process')} is gone, and did not say why"
 
 
-def find_runs(where: Path) -> list[Place]:
+def find_runs(where: Path) -> list[Watched]:
     """Raises RunError where there is no run, ConfigError where a mapping was changed."""
     if where.name == MAPPING or (where / MAPPING).is_file():
         return _of_mapping(read_mapping(where))
     if not where.is_dir():
         raise RunError(f"{where}: no such folder; status takes a run folder, a folder of them, or a {MAPPING}")
     if (where / "status.json").is_file():
-        return [Place(where.name or str(where.resolve().name), where)]
-    found = [Place(folder[len(str(where)) :].lstrip("/"), Path(folder)) for folder in _run_folders(str(where), DEPTH)]
+        return [Watched(where.name or str(where.resolve().name), where)]
+    found = [Watched(folder[len(str(where)) :].lstrip("/"), Path(folder)) for folder in _run_folders(str(where), DEPTH)]
     if not found:
         raise RunError(f"{where}: no run is in it, and no {MAPPING}")
     return found
@@ -189,25 +191,25 @@ def _run_folders(folder: str, depth: int) -> Iterator[str]:
             yield from _run_folders(path, depth - 1)
 
 
-def _of_mapping(mapping: RunMapping) -> list[Place]:
+def _of_mapping(mapping: RunMapping) -> list[Watched]:
     submissions = [done for done in read_submissions(mapping.file) if done.sha256 == mapping.sha256]
     tasks = {done.offset + task: (done, task) for done in submissions for task in done.numbers()}
-    places = []
-    for index, (run, _) in enumerate(mapping.places):
+    watched = []
+    for index, (run, folder) in enumerate(mapping.folders.items()):
         submission, task = tasks.get(index, (None, 0))
-        places.append(Place(run, mapping.folder(index), submission, task, mapping.directory))
-    return places
+        watched.append(Watched(run, folder, submission, task, mapping.directory))
+    return watched
 
 
 SHOWN_REASON = 120
 HEADER = ("run", "state", "step", "loss", "tokens/s", "restarts", "job", "reason")
 
 
-def as_json(rows: Iterable[Row]) -> str:
+def as_json(rows: Iterable[RunStatus]) -> str:
     return json.dumps([asdict(row) for row in rows], ensure_ascii=False)
 
 
-def as_text(rows: Sequence[Row]) -> str:
+def as_text(rows: Sequence[RunStatus]) -> str:
     """A table, and how many runs are in which state."""
     cells = [HEADER, *(_cells(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER) - 1)]
@@ -219,7 +221,7 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join([line.rstrip() for line in lines] + [total])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: RunStatus) -> tuple[str, ...]:
     steps = "" if row.step is None else f"{row.step}/{row.total_steps if row.total_steps is not None else '?'}"
     cells = (
         row.run,

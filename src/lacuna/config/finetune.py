@@ -4,6 +4,7 @@ Its sections and names are those of the YAML that users write; `as_sft` gives th
 whose data, evaluation and checkpoints it shares.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -46,8 +47,9 @@ IN_SFT = {
     "tracker_project": "training.tracker_project",
 }  # fmt: skip
 """SFTConfig's settings and where this config has them."""
-
 BATCH = "training.batch_size × gradient_accumulation_steps"
+BATCH_SETTINGS = "training.batch_size or training.gradient_accumulation_steps"
+
 FINETUNE_ALTERNATIVES = [
     ("training.warmup_share", "training.warmup_steps"),
     ("dataset.validation_path", "dataset.validation_share"),
@@ -217,6 +219,16 @@ class TrainingSection(Section):
         return [f"training.{name}" for name in names if getattr(self, name) != fields[name].default]
 
 
+class AdapterSFTConfig(SFTConfig):
+    """A finetune config in the names of our own loop, whose messages spell them as its user does."""
+
+    spelling: ClassVar[Mapping[str, str]] = {**IN_SFT, "batch_size": BATCH}
+
+    @classmethod
+    def flag(cls, setting: str) -> str:
+        return BATCH_SETTINGS if setting == "batch_size" else cls.spelled(setting)
+
+
 class FinetuneConfig(Section):
     """LoRA and QLoRA with TRL and PEFT."""
 
@@ -296,7 +308,7 @@ class FinetuneConfig(Section):
             "compile": False,
             "resume": resume,
         }
-        return SFTConfig(**values)
+        return AdapterSFTConfig(**values)
 
 
 def default_output_dir(model: str, time: str) -> str:

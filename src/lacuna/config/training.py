@@ -4,6 +4,7 @@ The string under a field is its documentation: `--help` and docs/settings.md pri
 """
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -130,8 +131,20 @@ class TrainingConfig(BaseModel):
     tracker_project: str | None = None
     """W&B project. Default: lacuna."""
 
+    spelling: ClassVar[Mapping[str, str]] = {}
+    """Setting to where its user writes it, where that is another name."""
     may_change: ClassVar[set[str]] = MAY_CHANGE_ON_RESUME
     alternatives: ClassVar[list[tuple[str, str]]] = ALTERNATIVES
+
+    @classmethod
+    def spelled(cls, setting: str) -> str:
+        """What its user calls a setting, for messages."""
+        return cls.spelling.get(setting, setting)
+
+    @classmethod
+    def flag(cls, setting: str) -> str:
+        """How its user gives a setting, for messages: `--output-dir`."""
+        return f"--{setting.replace('_', '-')}"
 
     def settings(self, devices: int = 1) -> dict[str, Any]:
         """Name to value: what a resumed run is compared by."""

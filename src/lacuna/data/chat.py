@@ -54,17 +54,19 @@ ADVICE = {
     "control tokens in the text": "they would steer the model as if the template had written them; remove them",
     "refused by the template": "the chat template does not accept this sequence of messages",
     "left out by the template": "the chat template does not write this message, so the model would never see it; "
-    "remove it, or pass a template that writes it with --chat-template",
+    "remove it, or pass a template that writes it",
     "assistant's words not found": "the template rewrites what the assistant says; put {% generation %} marks into it "
-    "and pass it with --chat-template",
+    "and pass it",
 }
+BY_A_TEMPLATE = {"left out by the template", "assistant's words not found"}
+"""Kinds that another template mends."""
 
 
 class Renderer:
-    """A tokenizer and what was learnt about its chat template."""
+    """A tokenizer and what was learnt about its chat template. template_flag: by which the user gives another one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_flag: str = "--chat-template") -> None:
+        self.tokenizer, self.template_flag = tokenizer, template_flag
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control_tokens = sorted({*special, *added}, key=len, reverse=True)
@@ -73,10 +75,7 @@ class Renderer:
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The text that the model sees. prompt: end with what asks the assistant to speak."""
         text = self.tokenizer.apply_chat_template(
-            _for_template(messages),
-            tools=tools,
-            add_generation_prompt=prompt,
-            tokenize=False,
+            _for_template(messages), tools=tools, add_generation_prompt=prompt, tokenize=False
         )
         assert isinstance(text, str)
         return text
@@ -96,7 +95,7 @@ class Renderer:
         if not last:
             raise ModelError(
                 "the chat template writes no end-of-turn token after the assistant's words, so the model would never "
-                "learn to stop: pass another one with --chat-template"
+                f"learn to stop: pass another one with {self.template_flag}"
             )
         shared = [
             token for token, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))
@@ -328,7 +327,7 @@ class Renderer:
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, and the data are conversations: "
-                "take the model's instruct version, or pass a Jinja file with --chat-template"
+                f"take the model's instruct version, or pass a Jinja file with {self.template_flag}"
             )
         return self.conversations([example for example in batch if isinstance(example, Conversation)])
 
@@ -337,13 +336,14 @@ def _for_template(messages: Sequence[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
-def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
+def stop_on_unusable(unusable: Sequence[Unusable], total: int, template_flag: str = "--chat-template") -> None:
     """Raise one DataError that counts every kind and names the first sample of each."""
     problems = []
     for kind in dict.fromkeys(item.kind for item in unusable):
         found = [item for item in unusable if item.kind == kind]
         detail = f" ({found[0].detail})" if found[0].detail else ""
         others = f" (also {', '.join(item.origin for item in found[1:SHOWN_PROBLEMS])})" if found[1:] else ""
-        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {ADVICE[kind]}")
+        advice = f"{ADVICE[kind]} with {template_flag}" if kind in BY_A_TEMPLATE else ADVICE[kind]
+        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {advice}")
     if problems:
         raise DataError(problems)

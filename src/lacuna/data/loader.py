@@ -225,13 +225,14 @@ def refuse_few_rows(config: TrainingConfig, rows: int) -> None:
     """Raise DataError where the data do not fill one batch."""
     if config.batch_size > rows and not config.packing:
         raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} samples, but there are only {rows}: lower "
-            "--batch-size"
+            f"{config.dataset}: {config.spelled('batch_size')} is {config.batch_size} samples, but there are only "
+            f"{rows}: lower {config.flag('batch_size')}"
         )
     if config.batch_size > rows:
         raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {rows} of "
-            f"{config.sequence_length} tokens: lower --batch-size or --sequence-length"
+            f"{config.dataset}: {config.spelled('batch_size')} is {config.batch_size} rows, but the data fill only "
+            f"{rows} of {config.sequence_length} tokens: lower {config.flag('batch_size')} or "
+            f"{config.flag('sequence_length')}"
         )
 
 
@@ -258,11 +259,14 @@ def check_data_settings(config: TrainingConfig) -> None:
             continue
         if files is None:
             if config.changed_from_default("dataset_format"):
-                problems.append(f"dataset_format is for files, but {dataset} is a hub data set")
+                name = config.spelled("dataset_format")
+                problems.append(f"{name} is for files, but {dataset} is a hub data set")
             continue
         if setting == "dataset_split" and config.changed_from_default("dataset_subset"):
-            problems.append(f"dataset_subset is for hub data sets, but {dataset} is a file or folder")
+            name = config.spelled("dataset_subset")
+            problems.append(f"{name} is for hub data sets, but {dataset} is a file or folder")
         if not Path(dataset).expanduser().is_dir() and config.changed_from_default(setting):
-            problems.append(f"{setting} is for hub data sets and folders, but {dataset} is a file")
+            name = config.spelled(setting)
+            problems.append(f"{name} is for hub data sets and folders, but {dataset} is a file")
     if problems:
         raise DataError(problems)

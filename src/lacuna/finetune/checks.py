@@ -1,15 +1,13 @@
 """What is known before anything is trained: what would stop the run, and what a step takes."""
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from lacuna.config.finetune import BATCH, IN_SFT, FinetuneConfig
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import SFTConfig
 from lacuna.data.loader import check_data_settings
 from lacuna.errors import ConfigError, LacunaError
@@ -25,30 +23,6 @@ from lacuna.train.session import check_resume_path, together
 from lacuna.train.trackers import check_tracker
 
 Report = Callable[[str], None]
-
-
-@contextmanager
-def own_words() -> Iterator[None]:
-    """Errors of what is shared with our own loop come out with this config's names."""
-    try:
-        yield
-    except LacunaError as error:
-        error.problems = [in_own_words(problem) for problem in error.problems]
-        error.args = ("\n".join(error.problems),)
-        raise
-
-
-def in_own_words(text: str) -> str:
-    """A message of what is shared with our own loop, with its settings under the names of this config."""
-    batch = "training.batch_size or training.gradient_accumulation_steps"
-    flags = {f"--{name.replace('_', '-')}": path for name, path in IN_SFT.items() if name != "device"}
-    flags["--batch-size"] = batch
-    words = {name: path for name, path in IN_SFT.items() if "_" in name} | {"batch_size": BATCH}
-    for names in (flags, words):
-        known = "|".join(sorted(names, key=len, reverse=True))
-        found = re.compile(rf"(?<![\w./=-])({known})(?![\w/=-]|\.\w)")
-        text = "".join(names.get(part, part) for part in found.split(text))
-    return text
 
 
 def check_before(config: FinetuneConfig, flat: SFTConfig, report: Report, world: World) -> tuple[Any, Any, Execution]:
@@ -78,7 +52,7 @@ def _tokenizer(config: FinetuneConfig, flat: SFTConfig, report: Report) -> Any:
     try:
         return load_tokenizer(flat.model_copy(update={"model_name": origin, "model_revision": None}))
     except LacunaError as error:
-        problems = [text.replace("model_name ", "model.base_model ") for text in error.problems]
+        problems = [text.replace("model.path ", "model.base_model ") for text in error.problems]
         if "out of reach" not in problems[0] or not (Path(flat.model_name) / "tokenizer_config.json").is_file():
             raise ConfigError(problems) from error
     report(f"warning: {problems[0]}; taking the tokenizer of model.path")

@@ -19,11 +19,7 @@ from lacuna.data.loader import load_rows
 from lacuna.errors import LacunaError, RunError
 from lacuna.finetune.adapters import add_adapter, describe, load_frozen, save_adapter
 from lacuna.finetune.callback import RunFolderCallback, Written, epoch_line
-from lacuna.finetune.checks import (
-    check_before,
-    in_own_words,
-    own_words,
-)
+from lacuna.finetune.checks import check_before
 from lacuna.finetune.trainer import make_adapter_optimizer, make_trainer, optimizer_name
 from lacuna.runs.card import card_of
 from lacuna.runs.final import entries_of
@@ -64,7 +60,7 @@ def finetune(
     Raises LacunaError for what the user can mend, Interrupted after a signal. status.json tells the same.
     """
     given = config_facts(files)
-    with join() as world, own_words():
+    with join() as world:
         config, resume_from = world.first(lambda: resolve_folder(config, resume))
         flat = config.as_sft(world.size, resume_from)
         if verbose:
@@ -122,11 +118,9 @@ def prepare(
     world: World,
 ) -> Prepared:  # fmt: skip
     """Read and tokenise the data, and find the checkpoint to go on from."""
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, flat.flag("chat_template"))
     preparation = world.first(lambda: preparation_now(flat, folder))
-    rows, validation_rows = load_once(
-        world, lambda: load_rows(flat, renderer, lambda text: console.print(in_own_words(text)), preparation)
-    )
+    rows, validation_rows = load_once(world, lambda: load_rows(flat, renderer, console.print, preparation))
     total_steps = count_steps(flat, len(rows))
     world.agreed(lambda: check_warmup(flat, total_steps))
     fingerprint = rows.fingerprint()
@@ -144,10 +138,7 @@ def _finetune(
     config: FinetuneConfig, flat: SFTConfig, folder: Path, command: list[str], given: Mapping[str, Any],
     console: Console, stop: StopRequest, world: World,
 ) -> None:  # fmt: skip
-    def report(text: str) -> None:
-        console.print(in_own_words(text))
-
-    tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, report, world))
+    tokenizer, model_config, execution = world.agreed(lambda: check_before(config, flat, console.print, world))
     prepared = prepare(config, flat, folder, tokenizer, execution, console, world)
     record_start(config, flat, prepared, command, given)
     causal_lm = world.agreed(lambda: load_frozen(config, flat, execution, tokenizer))
@@ -157,8 +148,9 @@ def _finetune(
         prepared = replace(prepared, identity=identity)
     model = world.agreed(lambda: add_adapter(causal_lm, config, execution.dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    world.first(lambda: check_disk(folder, trained, BYTES_PER_PARAMETER))
-    model.chunked = world.agreed(lambda: prove_loss(causal_lm, execution.flatten_rows, config.training.packing))
+    world.first(lambda: check_disk(flat, folder, trained, BYTES_PER_PARAMETER))
+    flag = flat.flag("packing")
+    model.chunked = world.agreed(lambda: prove_loss(causal_lm, execution.flatten_rows, config.training.packing, flag))
     rows = prepared.train_rows
     assert rows is not None
     step, predicted = planned_step(config, model_config, execution, world.size, int(rows.lengths.max()))

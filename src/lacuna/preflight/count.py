@@ -139,7 +139,7 @@ def _renderer(config: TrainingConfig, once: _Once) -> "Renderer":
 
     tokenizer: Any = load_tokenizer(config)
     told_by = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
-    return once(("tokenizer", *told_by), lambda: Renderer(tokenizer))
+    return once(("tokenizer", *told_by), lambda: Renderer(tokenizer, config.flag("chat_template")))
 
 
 def _read(source: "Source", renderer: "Renderer", report: Callable[[str], None]) -> tuple["Schema", "Documents"]:

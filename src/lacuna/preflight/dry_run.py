@@ -1,8 +1,7 @@
 """`--dry-run`: everything that is known before training, and what would stop it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import Config
 from lacuna.config.training import PretrainConfig
 from lacuna.cost.step import flat_of
@@ -29,11 +28,8 @@ def dry_run(config: Config, problems: Iterable[str]) -> Iterator[tuple[str, bool
         found.append(one.not_counted)
     if one.fits is False and one.peak is not None and room is not None:
         found.append(f"a step takes {gib(one.peak)}, and {device.name} has {gib(room)}")
-    own: Callable[[str], str] = str
-    if isinstance(config, FinetuneConfig):
-        from lacuna.finetune.checks import in_own_words as own
-    yield from ((own(note), False) for note in dict.fromkeys(notes))
-    yield from ((f"would stop: {problem}", True) for problem in dict.fromkeys(map(own, found)))
+    yield from ((note, False) for note in dict.fromkeys(notes))
+    yield from ((f"would stop: {problem}", True) for problem in dict.fromkeys(found))
 
 
 def _device(config: Config) -> Device:

@@ -174,8 +174,9 @@ def _read(source: Source, config: TrainingConfig, renderer: Renderer, found: _Co
     if documents is None:
         return None
     total = documents.total + len(broken)
-    found.attempt(lambda: judge_broken(broken, total, source.unreadable_share, found.notes.append))
-    found.attempt(lambda: refuse_unusable(documents, source.dataset, found.notes.append))
+    flag = source.whose.flag("unreadable_share")
+    found.attempt(lambda: judge_broken(broken, total, source.unreadable_share, found.notes.append, flag))
+    found.attempt(lambda: refuse_unusable(documents, source, found.notes.append))
     if not len(documents):
         return None
     return _Reading(source, schema, documents, len(broken), len(documents.empty), documents.unusable)

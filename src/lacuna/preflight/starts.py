@@ -51,7 +51,7 @@ def check_start(files: Sequence[str]) -> list[Check]:
 
 
 def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
-    from lacuna.finetune.checks import check_before, in_own_words, own_words
+    from lacuna.finetune.checks import check_before
     from lacuna.finetune.start import BYTES_PER_PARAMETER
     from lacuna.machine.detect import check_gpus
     from lacuna.train.distributed import World
@@ -59,14 +59,13 @@ def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
 
     flat = config.as_sft()
     alone = flat.model_copy(update={"gpus": 1})
-    with own_words():
-        found = together(
-            lambda: check_before(config, alone, lambda text: notes.append(in_own_words(text)), World()),
-            lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
-        )
-        check_weights(flat, notes)
-        shape = model_shape(found[0][1].to_dict())
-        _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
+    found = together(
+        lambda: check_before(config, alone, notes.append, World()),
+        lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
+    )
+    check_weights(flat, notes)
+    shape = model_shape(found[0][1].to_dict())
+    _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
 
 
 def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
@@ -101,11 +100,11 @@ def check_weights(flat: TrainingConfig, notes: list[str]) -> None:
     if place is not None and any(Path(place).glob("*.safetensors")):
         return
     if place == flat.model_name:
-        raise ModelError(f"model_name {place}: there are no safetensors in this folder")
+        raise ModelError(f"{flat.spelled('model_name')} {place}: there are no safetensors in this folder")
     if os.environ.get("HF_HUB_OFFLINE"):
         raise ModelError(
-            f"model_name {flat.model_name}: its weights were not downloaded before, and the hub is out of reach; where "
-            f"it can be reached: hf download {flat.model_name}"
+            f"{flat.spelled('model_name')} {flat.model_name}: its weights were not downloaded before, and the hub is "
+            f"out of reach; where it can be reached: hf download {flat.model_name}"
         )
     notes.append(f"the weights of {flat.model_name} will be downloaded when the run starts: hf download does it before")
 
@@ -116,5 +115,5 @@ def _check_folder(flat: TrainingConfig, parameters: int, bytes_each: int) -> Non
     from lacuna.train.session import check_disk
 
     folder = Path(flat.output_dir).expanduser()
-    refuse_foreign_folder(folder)
-    check_disk(nearest_folder(folder), parameters, bytes_each)
+    refuse_foreign_folder(folder, type(flat))
+    check_disk(flat, nearest_folder(folder), parameters, bytes_each)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from lacuna.config.files import check, field_at, merge_layers, read_layer, setting_paths
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.names import find_path
+from lacuna.config.names import find_path, output_path
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 from lacuna.runs.folder import starts_of
@@ -41,7 +41,7 @@ def difference(
             f"{folder / 'config.toml'}: names no trainer: it is damaged; restore it, or choose another folder"
         )
     if found != trainer:
-        return f"output_dir {folder} holds a {found} run"
+        return f"{output_path(trainer)} {folder} holds a {found} run"
     before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices") or 1)
     fixed = {leaf for name in varied for leaf in _settings_under(find_path(name, trainer, {})[0], before)}
     different = changes(before, config.settings(processes), config.may_change - fixed)

@@ -255,8 +255,8 @@ def raise_non_finite(
     mine = (
         f"step {step}: {what} in micro-batch {(bad or 0) + 1} of {len(micro_batches)}, whose first row begins "
         f"{start!r} (the batch ends at {batch.position}). The optimizer has not moved and the checkpoints before are "
-        f"untouched: look at these rows, lower learning_rate (now {config.learning_rate:g}) or lengthen the warmup, "
-        "and start in another --output-dir"
+        f"untouched: look at these rows, lower {config.spelled('learning_rate')} (now {config.learning_rate:g}) or "
+        f"lengthen the warmup, and start in another {config.flag('output_dir')}"
     )
     found = prepared.world.gather((bad is None, mine))
     raise NonFiniteLossError(min(found)[1], is_shared=True)

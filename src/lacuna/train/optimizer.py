@@ -42,9 +42,10 @@ def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
 def check_warmup(config: TrainingConfig, total_steps: int) -> None:
     """Raise ConfigError where the run ends before its warmup."""
     if warmup_steps(config, total_steps) >= total_steps:
+        given = "warmup_share" if config.warmup_steps is None else "warmup_steps"
         raise ConfigError(
             f"warmup takes {warmup_steps(config, total_steps)} of {total_steps} steps, so the learning rate would "
-            f"never reach its peak: lower --warmup-{'share' if config.warmup_steps is None else 'steps'}"
+            f"never reach its peak: lower {config.flag(given)}"
         )
 
 

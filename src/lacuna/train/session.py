@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from lacuna.train.distributed import World
 from lacuna.train.kept import damage, free_name, newest_whole
 from lacuna.train.signals import StopRequest
 
-OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -58,15 +57,15 @@ def supervise(
     with StopRequest() as stop, ExitStack() as held:
 
         def enter() -> bool:
-            refuse_foreign_folder(folder)
+            refuse_foreign_folder(folder, type(flat))
             if again and (read_status(folder) or {}).get("state") == "finished":
-                with locked(folder):
+                with locked(folder, whose=type(flat)):
                     console.print(f"the finished run is kept: {put_aside(folder)}")
-            held.enter_context(locked(folder))
+            held.enter_context(locked(folder, whose=type(flat)))
             if is_finished := _is_finished(folder, config, flat, world.size, console.print):
                 if (read_status(folder) or {}).get("state") != "finished":
                     write_status(folder, "finished", **_last_step(folder))
-                refuse_other_inputs(folder)
+                refuse_other_inputs(folder, flat)
                 console.print(f"already finished: {folder / 'final'}")
             else:
                 _refuse_hopeless_restart(folder)
@@ -87,7 +86,8 @@ def supervise(
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and is_of_folder(error, folder):
                 todo = "make room" if error.errno in FULL else "mend that"
-                problem = f"output_dir {folder}: {error}; the checkpoints are whole: {todo}, then go on with: "
+                where = f"{flat.spelled('output_dir')} {folder}"
+                problem = f"{where}: {error}; the checkpoints are whole: {todo}, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())
@@ -107,15 +107,12 @@ def is_of_folder(error: OSError, folder: Path) -> bool:
     return error.errno in DISK_ERRORS or any(path.absolute().is_relative_to(folder.absolute()) for path in named)
 
 
-def refuse_other_inputs(folder: Path, directory: Path = Path()) -> None:
-    """Raise OtherInputsError where a finished run's files hold something else now than when its weights were made.
-
-    directory: from which the run's relative paths are.
-    """
-    if changed := changed_inputs((starts_of(folder) or [{}])[-1], directory):
+def refuse_other_inputs(folder: Path, config: TrainingConfig) -> None:
+    """Raise OtherInputsError where a finished run's files hold something else now than when its weights were made."""
+    if changed := changed_inputs((starts_of(folder) or [{}])[-1]):
         raise OtherInputsError(
             f"{folder} is finished, but was made of something else: {', '.join(changed)} changed since; --again trains "
-            "anew and keeps the old folder beside it, or choose another --output-dir"
+            f"anew and keeps the old folder beside it, or choose another {config.flag('output_dir')}"
         )
 
 
@@ -160,19 +157,17 @@ def _is_finished(
 ) -> bool:  # fmt: skip
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings, or final
     weights without the config that they were trained by."""
+    where, flag = f"{flat.spelled('output_dir')} {folder}", flat.flag("output_dir")
     if (folder / "final").is_dir() and not (folder / "config.toml").exists():
-        raise RunError(
-            f"output_dir {folder} holds a finished run without its config.toml: restore that, or choose another "
-            "--output-dir"
-        )
+        raise RunError(f"{where} holds a finished run without its config.toml: restore that, or choose another {flag}")
     if (folder / "config.yaml").exists():
-        raise RunError(f"output_dir {folder} holds a torchtune run: choose another --output-dir")
+        raise RunError(f"{where} holds a torchtune run: choose another {flag}")
     if not has_run(folder):
         return False
     if resume_now(flat, folder) == "never":
-        raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
+        raise RunError(f"{where} holds a run already, and resume is 'never': choose another {flag}")
     if (other := difference(folder, config, processes)) is not None:
-        raise RunError(f"{other}: {OTHER_FOLDER}")
+        raise RunError(f"{other}: {_other_folder(flag)}")
     if (folder / "final").is_dir() and (damage := damage_of_final(folder)) is not None:
         _put_final_aside(folder, damage, report)
     return (folder / "final").is_dir()
@@ -190,10 +185,8 @@ def _put_final_aside(folder: Path, damage: str, report: Callable[[str], None]) -
     report(f"warning: {final} is damaged ({damage}): it is made again from the last checkpoint")
 
 
-def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], whose: str) -> None:
-    """Raise RunError that lists every setting that would make the resumed run another one."""
-    if different := changes(before, now, may_change):
-        raise RunError(f"{whose} has other settings ({different}): {OTHER_FOLDER}")
+def _other_folder(flag: str) -> str:
+    return f"give the same settings to go on with it, or choose another {flag} for a new run"
 
 
 def resume_now(flat: TrainingConfig, folder: Path) -> str:
@@ -232,8 +225,11 @@ def find_checkpoint(
     resume = resume_now(flat, folder)
     if resume == "never":
         return None
+    flag = flat.flag("output_dir")
     if resume == "auto":
-        found = newest_whole(folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"))
+        found = newest_whole(
+            folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"), flag
+        )
     else:
         found = Path(resume)
         if (reason := damage(found)) is not None:
@@ -241,7 +237,7 @@ def find_checkpoint(
         newer = [path for path in folder.glob("checkpoints/step-*") if path.name > found.name]
         if newer:
             raise RunError(
-                f"resume {found}: {folder} already holds {newer[0].name}, which is newer: choose another --output-dir"
+                f"resume {found}: {folder} already holds {newer[0].name}, which is newer: choose another {flag}"
             )
     if found is None:
         return None
@@ -249,7 +245,8 @@ def find_checkpoint(
     if (trainer := state.config.get("trainer")) != settings["trainer"]:
         raise RunError(f"{found} is a checkpoint of a {trainer} run, this is {settings['trainer']}")
     before = with_defaults(type(config), state.config)
-    refuse_other_settings(before, settings, config.may_change, f"the checkpoint {found}")
+    if other := changes(before, settings, config.may_change):
+        raise RunError(f"the checkpoint {found} has other settings ({other}): {_other_folder(flag)}")
     different = differences(state.identity, identity)
     if state.data != fingerprint:
         files = changed_inputs((starts_of(folder) or [{}])[-1])
@@ -257,20 +254,21 @@ def find_checkpoint(
         different.insert(0, f"training data: other rows than it was trained on{which}")
     if different:
         problems = [f"{found} was made of something else: {what}" for what in different]
-        raise RunError([*problems, "restore what has changed to resume, or choose another --output-dir for a new run"])
+        raise RunError([*problems, f"restore what has changed to resume, or choose another {flag} for a new run"])
     if state.precision != precision:
-        raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set --precision")
+        wanted = flat.flag("precision")
+        raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set {wanted}")
     return found
 
 
-def check_disk(folder: Path, parameters: int, bytes_each: int) -> None:
+def check_disk(config: TrainingConfig, folder: Path, parameters: int, bytes_each: int) -> None:
     """Raise RunError where not even one checkpoint and the final folder would fit."""
     needed = parameters * bytes_each
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
-            f"output_dir {folder}: one checkpoint and the final model take {needed / 2**30:.2f} GiB, but only "
-            f"{free / 2**30:.2f} GiB are free on that disk"
+            f"{config.spelled('output_dir')} {folder}: one checkpoint and the final model take "
+            f"{needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are free on that disk"
         )
 
 

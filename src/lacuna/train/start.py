@@ -80,7 +80,7 @@ def _train(
 ) -> None:  # fmt: skip
     device = world.agreed(lambda: choose_device(config.device))
     tokenizer, model_config, execution = world.agreed(lambda: check_before(config, device, console.print, world))
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, config.flag("chat_template"))
     preparation = world.first(lambda: preparation_now(config, folder))
     rows = validation_rows = None
     if isinstance(config, PretrainConfig) and config.streaming:
@@ -111,7 +111,7 @@ def _train(
         identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
         prepared = replace(prepared, identity=identity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
+    world.first(lambda: check_disk(config, folder, parameters, BYTES_PER_PARAMETER))
     shards = world.local_size if config.sharding == "hybrid" else world.size
     longest = int(rows.lengths.max()) if rows is not None else config.sequence_length
     step, predicted = planned_step(config, model_config, execution, shards, longest)

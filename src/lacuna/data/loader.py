@@ -137,7 +137,7 @@ def pack_part(part: Part, config: TrainingConfig) -> PackedRows:
         np.concatenate([documents.supervised[span] for span in spans]),
         pieces.lengths,
         config.sequence_length,
-        config.packing,
+        config.packs_rows,
     )
 
 
@@ -179,11 +179,13 @@ def batches(
 
 
 def load_rows(
-    config: TrainingConfig, renderer: Renderer, report: Report, preparation: str = PREPARATION
-) -> tuple[PackedRows, PackedRows | None]:
+    config: TrainingConfig, renderer: Renderer, report: Report, preparation: str = PREPARATION,
+    devices: int | None = None,
+) -> tuple[PackedRows, PackedRows | None]:  # fmt: skip
     """Read, render, check, split and pack all data of a config: training rows and validation rows.
 
-    preparation: the version by which the run was begun. Raises DataError with what is wrong in which file and line.
+    preparation: the version by which the run was begun. devices: if not gpus.
+    Raises DataError with what is wrong in which file and line.
     """
 
     def documents_of(source: Source) -> Documents:
@@ -196,7 +198,7 @@ def load_rows(
         report(str(copies))
     rows = pack_part(training, config)
     _describe(rows, training.name, config.sequence_length, report)
-    refuse_few_rows(config, len(rows))
+    refuse_few_rows(config, len(rows), devices)
     if validation is None:
         return rows, None
     validation_rows = pack_part(validation, config)
@@ -213,7 +215,7 @@ def make_parts(
     """What is trained on and what is held out, cut to the config's lengths but not packed. Raises DataError."""
     documents = documents_of(training_source(config))
     training = Part(documents, fit(documents, config, config.dataset, report), config.dataset)
-    if config.validation_share is not None:
+    if config.validation_share:
         return divide(training, config, preparation)
     if (source := validation_source(config)) is None:
         return training, None
@@ -221,16 +223,17 @@ def make_parts(
     return training, Part(held_out, fit(held_out, config, source.dataset, report), source.dataset)
 
 
-def refuse_few_rows(config: TrainingConfig, rows: int) -> None:
-    """Raise DataError where the data do not fill one batch."""
-    if config.batch_size > rows and not config.packing:
+def refuse_few_rows(config: TrainingConfig, rows: int, devices: int | None = None) -> None:
+    """Raise DataError where the data do not fill one batch. devices: if not gpus."""
+    wanted = config.rows_in_step(devices)
+    if wanted > rows and not config.packs_rows:
         raise DataError(
-            f"{config.dataset}: {config.spelled('batch_size')} is {config.batch_size} samples, but there are only "
+            f"{config.dataset}: {config.spelled('batch_size')} is {wanted} samples, but there are only "
             f"{rows}: lower {config.flag('batch_size')}"
         )
-    if config.batch_size > rows:
+    if wanted > rows:
         raise DataError(
-            f"{config.dataset}: {config.spelled('batch_size')} is {config.batch_size} rows, but the data fill only "
+            f"{config.dataset}: {config.spelled('batch_size')} is {wanted} rows, but the data fill only "
             f"{rows} of {config.sequence_length} tokens: lower {config.flag('batch_size')} or "
             f"{config.flag('sequence_length')}"
         )

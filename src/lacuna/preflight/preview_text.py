@@ -30,16 +30,15 @@ STYLES = {
 """Of tokens that are (learned, control tokens)."""
 
 
-def look(config: TrainingConfig | FinetuneConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:
+def look(config: TrainingConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:
     """Print a preview of the config's data or of files; whether a run would stop. Raises ModelError: no tokenizer."""
     if isinstance(config, FinetuneConfig):
         try:
             import lacuna.finetune.checks  # noqa: F401
         except ModuleNotFoundError as error:
             raise MissingExtraError("finetune", error.name or "peft") from error
-    flat = config.as_sft() if isinstance(config, FinetuneConfig) else config
-    renderer = Renderer(load_tokenizer(flat), flat.flag("chat_template"))
-    found = preview(flat, renderer, files, samples)
+    renderer = Renderer(load_tokenizer(config), config.flag("chat_template"))
+    found = preview(config, renderer, files, samples)
     if as_json:
         print(json.dumps(asdict(found)))
     else:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import check, read_layer
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.training import TrainingConfig
 from lacuna.config.trees import get
@@ -45,7 +44,7 @@ class Generated:
     """One entry of the mapping and its config. own: as our trainers read it; None: torchtune's, which is in values."""
 
     entry: Mapping[str, Any]
-    own: TrainingConfig | FinetuneConfig | None
+    own: TrainingConfig | None
     values: Mapping[str, Any]
     processes: int
 
@@ -96,10 +95,6 @@ def _configs(mapping: RunMapping) -> Iterator[Generated]:
         )
 
 
-def _flat(config: TrainingConfig | FinetuneConfig | None, devices: int) -> TrainingConfig | None:
-    return config.as_sft(devices) if isinstance(config, FinetuneConfig) else config
-
-
 def _result(run: Generated, row: Row) -> tuple[RunResult, set[str]]:
     """A run, and if it has finished, which weights its final folder holds. Raises RunError."""
     settings = {name: value for name, value in run.entry["params"].items() if name not in SEED_NAMES}
@@ -118,12 +113,11 @@ def _result(run: Generated, row: Row) -> tuple[RunResult, set[str]]:
         return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, foreign, {}, {}, {}, facts), set()
     curves = _curves(folder)
     own = recorded(folder, type(run.own)) if run.own is not None and (folder / "config.toml").is_file() else run.own
-    flat = _flat(own, devices)
-    budget = _budget(run, flat, devices, status, curves, facts)
+    budget = _budget(run, own, devices, status, curves, facts)
     is_finished = state == "finished"
-    metrics, reason = _final(folder, status, curves, flat) if is_finished else ({}, row.reason)
+    metrics, reason = _final(folder, status, curves, own) if is_finished else ({}, row.reason)
     found = (metrics, {name: _finite(curve) for name, curve in curves.items()}, budget, facts)
-    weights: set[str] = {flat.final_weights} if flat is not None and is_finished else set()
+    weights: set[str] = {own.final_weights} if own is not None and is_finished else set()
     return RunResult(run.entry["id"], arm, settings, seed, row.folder, state, reason or row.reason, *found), weights
 
 
@@ -194,7 +188,7 @@ def _budget(
         "steps": steps,
         "tokens": curves["tokens"][-1][1] if "tokens" in curves else None,
         "targets": sum(value for _, value in targets) if len(targets) == steps else None,
-        **(_layout(run, config) if config is not None else _torchtune_layout(run.values, devices)),
+        **(_layout(config, devices) if config is not None else _torchtune_layout(run.values, devices)),
         "parameters": facts.get("trained_parameters"),
         "seconds": status.get("seconds"),
         "devices": devices,
@@ -205,9 +199,8 @@ def _budget(
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _layout(run: Generated, config: TrainingConfig) -> dict[str, Any]:
-    packing = run.own.training.packing if isinstance(run.own, FinetuneConfig) else config.packing
-    return {"batch_size": config.batch_size, "packing": packing, "epochs": config.epochs}
+def _layout(config: TrainingConfig, devices: int) -> dict[str, Any]:
+    return {"batch_size": config.rows_in_step(devices), "packing": config.packing, "epochs": config.whole_epochs}
 
 
 def _torchtune_layout(values: Mapping[str, Any], devices: int) -> dict[str, Any]:

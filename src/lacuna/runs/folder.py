@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import tomli_w
-from pydantic import BaseModel
 
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import RunError
@@ -123,9 +122,9 @@ def name_aside(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def write_config(folder: Path, config: BaseModel) -> str:
+def write_config(folder: Path, config: TrainingConfig) -> str:
     """config.toml; returns its SHA-256."""
-    text = tomli_w.dumps(config.model_dump(exclude_none=True))
+    text = tomli_w.dumps(config.written(exclude_none=True))
     write_whole(folder / "config.toml", text)
     return hashlib.sha256(text.encode()).hexdigest()
 

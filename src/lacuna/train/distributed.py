@@ -145,8 +145,8 @@ def check_world(config: TrainingConfig, world: World, device: str) -> None:
         )
     if device == "cuda" and world.local_size > torch.cuda.device_count():
         problems.append(f"{world.local_size} processes were started, but there are {torch.cuda.device_count()} GPUs")
-    if config.batch_size < world.size:
-        batch = f"{config.spelled('batch_size')} {config.batch_size}"
+    if (rows := config.rows_in_step(world.size)) < world.size:
+        batch = f"{config.spelled('batch_size')} {rows}"
         problems.append(f"{batch} leaves some of {world.size} processes without a row: raise it")
     if config.sharding == "hybrid" and world.size == world.local_size:
         problems.append("sharding 'hybrid' repeats a node's shards on other nodes, and there are none: say 'full'")

@@ -84,7 +84,7 @@ def train_steps(
     regular = regular_saves(config.save_every, total_steps)
     checkpoints = folder / "checkpoints"
     writer = CheckpointWriter(checkpoints, config.keep_last, config.keep_best, regular, world.groups[1])
-    made_of = (prepared.fingerprint, config.model_dump(), prepared.identity)
+    made_of = (prepared.fingerprint, config.written(), prepared.identity)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), *made_of)
     if prepared.resume_from is not None:
         state = replace(restore(prepared.resume_from, model.causal_lm, optimizer), identity=prepared.identity)

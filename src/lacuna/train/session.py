@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.data.split import PREPARATION
 from lacuna.errors import ConfigError, Interrupted, LacunaError, LostProcessError, OtherInputsError, RunError
@@ -37,8 +36,7 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \
 
 
 def supervise(
-    config: TrainingConfig | FinetuneConfig,
-    flat: TrainingConfig,
+    config: TrainingConfig,
     resume_with: str,
     out_of_memory: Callable[[], str],
     work: Callable[[Path, Console, StopRequest], None],
@@ -47,25 +45,24 @@ def supervise(
 ) -> None:
     """Do the work in the run folder, unless that is done; status.json tells how it ended.
 
-    again: put a finished run aside and train anew. flat: config in the names of our own loop. resume_with: the command
-    that goes on with the run. world: the processes that train together; all but the first are silent, and write
-    nothing but why they failed.
+    again: put a finished run aside and train anew. resume_with: the command that goes on with the run. world: the
+    processes that train together; all but the first are silent, and write nothing but why they failed.
     Raises LacunaError for what the user can mend, Interrupted after a signal.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_first)
-    folder = Path(flat.output_dir).expanduser()
+    folder = Path(config.output_dir).expanduser()
     with StopRequest() as stop, ExitStack() as held:
 
         def enter() -> bool:
-            refuse_foreign_folder(folder, type(flat))
+            refuse_foreign_folder(folder, type(config))
             if again and (read_status(folder) or {}).get("state") == "finished":
-                with locked(folder, whose=type(flat)):
+                with locked(folder, whose=type(config)):
                     console.print(f"the finished run is kept: {put_aside(folder)}")
-            held.enter_context(locked(folder, whose=type(flat)))
-            if is_finished := _is_finished(folder, config, flat, world.size, console.print):
+            held.enter_context(locked(folder, whose=type(config)))
+            if is_finished := _is_finished(folder, config, world.size, console.print):
                 if (read_status(folder) or {}).get("state") != "finished":
                     write_status(folder, "finished", **_last_step(folder))
-                refuse_other_inputs(folder, flat)
+                refuse_other_inputs(folder, config)
                 console.print(f"already finished: {folder / 'final'}")
             else:
                 _refuse_hopeless_restart(folder)
@@ -86,7 +83,7 @@ def supervise(
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and is_of_folder(error, folder):
                 todo = "make room" if error.errno in FULL else "mend that"
-                where = f"{flat.spelled('output_dir')} {folder}"
+                where = f"{config.spelled('output_dir')} {folder}"
                 problem = f"{where}: {error}; the checkpoints are whole: {todo}, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
@@ -152,19 +149,19 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def _is_finished(
-    folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int,
+    folder: Path, config: TrainingConfig, processes: int,
     report: Callable[[str], None],
 ) -> bool:  # fmt: skip
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings, or final
     weights without the config that they were trained by."""
-    where, flag = f"{flat.spelled('output_dir')} {folder}", flat.flag("output_dir")
+    where, flag = f"{config.spelled('output_dir')} {folder}", config.flag("output_dir")
     if (folder / "final").is_dir() and not (folder / "config.toml").exists():
         raise RunError(f"{where} holds a finished run without its config.toml: restore that, or choose another {flag}")
     if (folder / "config.yaml").exists():
         raise RunError(f"{where} holds a torchtune run: choose another {flag}")
     if not has_run(folder):
         return False
-    if resume_now(flat, folder) == "never":
+    if resume_now(config, folder) == "never":
         raise RunError(f"{where} holds a run already, and resume is 'never': choose another {flag}")
     if (other := difference(folder, config, processes)) is not None:
         raise RunError(f"{other}: {_other_folder(flag)}")
@@ -189,28 +186,29 @@ def _other_folder(flag: str) -> str:
     return f"give the same settings to go on with it, or choose another {flag} for a new run"
 
 
-def resume_now(flat: TrainingConfig, folder: Path) -> str:
+def resume_now(config: TrainingConfig, folder: Path) -> str:
     """The setting `resume`, or auto where the folder's run began with it already and is to go on: a checkpoint to
     begin from holds for the first start, and so does never, if this one is a restart and no new command."""
-    began = any(start.get("resume") == flat.resume for start in starts_of(folder))
+    began = any(start.get("resume") == config.resume for start in starts_of(folder))
     is_restart = any(int(os.environ.get(name, 0)) for name in RESTARTS)
-    return "auto" if began and (flat.resume != "never" or is_restart) else flat.resume
+    return "auto" if began and (config.resume != "never" or is_restart) else config.resume
 
 
-def preparation_now(flat: TrainingConfig, folder: Path) -> str:
+def preparation_now(config: TrainingConfig, folder: Path) -> str:
     """The version by which the data are prepared: a run goes on as it was begun."""
-    return preparation_of(folder, resume_now(flat, folder)) or PREPARATION
+    return preparation_of(folder, resume_now(config, folder)) or PREPARATION
 
 
-def check_resume_path(flat: TrainingConfig) -> None:
+def check_resume_path(config: TrainingConfig) -> None:
     """Raises RunError where the checkpoint to resume from is not there."""
-    if flat.resume not in ("auto", "never") and not (Path(flat.resume) / "manifest.json").is_file():
-        raise RunError(f"resume {flat.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)")
+    if config.resume not in ("auto", "never") and not (Path(config.resume) / "manifest.json").is_file():
+        raise RunError(
+            f"resume {config.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)"
+        )
 
 
 def find_checkpoint(
-    config: TrainingConfig | FinetuneConfig,
-    flat: TrainingConfig,
+    config: TrainingConfig,
     folder: Path,
     settings: dict[str, Any],
     fingerprint: str,
@@ -222,10 +220,10 @@ def find_checkpoint(
 
     fingerprint: of the training rows. identity: of what else the run is made.
     """
-    resume = resume_now(flat, folder)
+    resume = resume_now(config, folder)
     if resume == "never":
         return None
-    flag = flat.flag("output_dir")
+    flag = config.flag("output_dir")
     if resume == "auto":
         found = newest_whole(
             folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"), flag
@@ -256,7 +254,7 @@ def find_checkpoint(
         problems = [f"{found} was made of something else: {what}" for what in different]
         raise RunError([*problems, f"restore what has changed to resume, or choose another {flag} for a new run"])
     if state.precision != precision:
-        wanted = flat.flag("precision")
+        wanted = config.flag("precision")
         raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set {wanted}")
     return found
 

@@ -51,7 +51,7 @@ def train(config: TrainingConfig, command: list[str], files: Sequence[str] = (),
             _train(config, folder, command, given, console, stop, world)
             console.print(f"model: {folder / 'final'}")
 
-        supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world, again)
+        supervise(config, resume_with, lambda: after_out_of_memory(config), work, world, again)
 
 
 def check_before(
@@ -97,12 +97,12 @@ def _train(
     precision = str(execution.dtype)
     identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
     found = world.first(
-        lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, identity, precision, console)
+        lambda: find_checkpoint(config, folder, config.settings(), fingerprint, identity, precision, console)
     )
     prepared = Prepared(
         folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, identity, found, world
     )
-    record_start(config, config, prepared, command, given)
+    record_start(config, prepared, command, given)
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:

@@ -269,7 +269,7 @@ def test_which_optimizer(wanted: str, method: str, on_cuda: str, place: Path) ->
     config = load_config("base.json.yaml", settings=settings)
     assert optimizer_name(config, "cuda") == on_cuda
     assert [optimizer_name(config, device) for device in ("cpu", "mps")] == ["adamw", "adamw"]
-    made = make_adapter_optimizer(config, config.as_sft(), cast(Any, torch.nn.Linear(4, 4)), "cuda")
+    made = make_adapter_optimizer(config, cast(Any, torch.nn.Linear(4, 4)), "cuda")
     assert type(made).__name__ == {"adamw": "AdamW", "paged_adamw_32bit": "PagedAdamW32bit"}[on_cuda]
     assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
     assert {group["lr"] for group in made.param_groups} == {1e-2}

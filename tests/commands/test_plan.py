@@ -303,7 +303,7 @@ def test_the_shape_of_a_folder_that_is_not_here_is_its_bases_which_a_trace_takes
 
 def test_every_model_that_a_shipped_config_names_is_known() -> None:
     configs = [load_trainer_config([str(file)]) for file in (ROOT / "configs").iterdir()]
-    bases = {config.model.base_model or config.model.path for config in configs if isinstance(config, FinetuneConfig)}
+    bases = {config.base_model or config.model_name for config in configs if isinstance(config, FinetuneConfig)}
     named = bases | {config.model_name for config in configs if not isinstance(config, FinetuneConfig)}
     assert named == KNOWN_MODELS.keys()
 

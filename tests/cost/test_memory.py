@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import Run
 from fixtures import make_model, write_texts
-from lacuna.config.finetune import TrainingSection
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.cost.memory import QUANTISED_BYTES, Adapter, Step, chunk_of, step_memory, total
 from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
 from lacuna.finetune.adapters import _keep_as_loaded, quantisation
@@ -163,9 +163,10 @@ def test_what_pretrain_allocates_is_the_traced_peak(
 def test_bitsandbytes_allocates_the_traced_peak(tmp_path: Path, bits: int, checkpointing: bool) -> None:
     config = AutoConfig.for_model(**TINY)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    section = TrainingSection.model_validate({"method": "qlora", "quantization_bits": bits})
+    settings = {"method": "qlora", "quantization_bits": bits}
+    finetune = FinetuneConfig.model_validate({"model_name": "m", "dataset": "d", **settings})
     causal_lm = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=quantisation(section, torch.bfloat16)
+        tmp_path, dtype=torch.bfloat16, quantization_config=quantisation(finetune, torch.bfloat16)
     )
     _keep_as_loaded(causal_lm)
     step = lora(8, ALL, True, bits=bits, rows=1, checkpointing=checkpointing, device="cpu")

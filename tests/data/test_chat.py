@@ -581,14 +581,14 @@ class TestTexts:
 
 def test_the_date_is_the_day_that_was_given() -> None:
     dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
-    subject = Renderer(make_tokenizer(dated), date(2024, 7, 26))
+    subject = Renderer(make_tokenizer(dated), today=date(2024, 7, 26))
     assert subject.writes_the_date
     assert subject.render(dialogue("q", "a")).startswith("26 Jul 2024\n<|im_start|>user")
     assert not Renderer(make_tokenizer()).writes_the_date
     assert not Renderer(make_tokenizer(None)).writes_the_date
     assert subject.render(dialogue("q", "a")).count("2024") == 1
     marked = dated.replace(CHATML, TRL_TEMPLATE)
-    other = Renderer(make_tokenizer(marked), date(2024, 7, 26))
+    other = Renderer(make_tokenizer(marked), today=date(2024, 7, 26))
     (found,) = other.examples([Conversation(dialogue("q", "a"), None, "")])
     assert isinstance(found, Sample)
     assert decoded(subject, found.tokens).startswith("26 Jul 2024")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from conftest import SCRIPTS, Run
-from lacuna.config.finetune import FINETUNE_MAY_CHANGE
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.names import TORCHTUNE, parameters
 from lacuna.config.training import MAY_CHANGE_ON_RESUME
 
@@ -82,7 +82,7 @@ def test_the_table_has_every_parameter_of_torchtune_and_every_engineering_settin
     assert (
         {name if name in ("device", "max_restarts") else f"training.{name}" for name in listed}
         == paths
-        == FINETUNE_MAY_CHANGE
+        == FinetuneConfig.may_change
     )
 
 

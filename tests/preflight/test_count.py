@@ -225,14 +225,11 @@ class TestReasons:
 
 def test_adapter_runs_count_samples(model: str, tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "a.jsonl")
-    config = FinetuneConfig.model_validate(
-        {
-            "model": {"path": model},
-            "dataset": {"path": str(path), "validation_share": 0.0},
-            "training": {"batch_size": 2, "gradient_accumulation_steps": 1, "num_epochs": 2, "sequence_length": 64},
-        }
-    )
-    found = counts(config.as_sft())
+    config = FinetuneConfig(
+        model_name=model, dataset=str(path), validation_share=0.0, micro_batch_size=2, gradient_accumulation_steps=1,
+        epochs=2, sequence_length=64,
+    )  # fmt: skip
+    found = counts(config)
     assert (found.rows, found.fill, found.steps, found.longest) == (3, None, 3, 61)
 
 

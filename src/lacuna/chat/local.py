@@ -20,7 +20,7 @@ from lacuna.chat.prompt import check_room, fitting_tokens, plain_tokens
 from lacuna.chat.settings import Settings
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import load_trainer_config
-from lacuna.config.training import SFTConfig, TrainingConfig
+from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import Message
 from lacuna.errors import MissingExtraError, ModelError
@@ -146,7 +146,7 @@ def load(found: FoundModel, tell: Tell) -> LocalModel:
             causal_lm, tokenizer, execution = _of_folder(found, tell)
         except ModelError as error:
             raise ModelError([problem.replace("model_name ", "") for problem in error.problems]) from error
-    renderer = Renderer(tokenizer, first_day_of(found.run or Path(found.model).parent, "auto"))
+    renderer = Renderer(tokenizer, today=first_day_of(found.run or Path(found.model).parent, "auto"))
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
         try:
@@ -170,9 +170,9 @@ def _of_folder(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     run = load_trainer_config([str(found.run / "config.toml")]) if found.run is not None else None
     has_tokenizer = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(found.adapter) if has_tokenizer else load_tokenizer(config)
-    if isinstance(run, FinetuneConfig) and run.training.method == "qlora":
-        causal_lm: Any = _frozen(run, config, execution, tokenizer)
-        tell(f"the base is in {run.training.quantization_bits} bits, as it was in training")
+    if isinstance(run, FinetuneConfig) and run.method == "qlora":
+        causal_lm: Any = _frozen(run, execution, tokenizer)
+        tell(f"the base is in {run.quantization_bits} bits, as it was in training")
     else:
         settings = {"dtype": execution.dtype, "attn_implementation": execution.attention}
         causal_lm, missing = load_weights(config, settings)
@@ -203,16 +203,17 @@ def _of_checkpoint(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     assert found.run is not None
     assert found.checkpoint is not None
     config = load_trainer_config([str(found.run / "config.toml")])
-    flat = config.as_sft() if isinstance(config, FinetuneConfig) else config
-    flat = flat.model_copy(update={"initialise": "random", "attention": "auto", "precision": "auto", "compile": False})
-    execution = resolve_execution(flat, choose_device("auto"), tell)
-    model_config = load_model_config(flat)
+    config = config.model_copy(
+        update={"initialise": "random", "attention": "auto", "precision": "auto", "compile": False}
+    )
+    execution = resolve_execution(config, choose_device("auto"), tell)
+    model_config = load_model_config(config)
     if isinstance(config, FinetuneConfig):
-        tokenizer = load_tokenizer(flat.model_copy(update={"model_name": config.model.base_model or flat.model_name}))
-        trained, causal_lm = _new_adapter(config, flat, execution, tokenizer)
+        tokenizer = load_tokenizer(config.model_copy(update={"model_name": config.base_model or config.model_name}))
+        trained, causal_lm = _new_adapter(config, execution, tokenizer)
     else:
-        tokenizer = load_tokenizer(flat)
-        trained = causal_lm = load_model(flat, model_config, tokenizer, execution)
+        tokenizer = load_tokenizer(config)
+        trained = causal_lm = load_model(config, model_config, tokenizer, execution)
     try:
         restore_weights(found.checkpoint, trained)
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -220,20 +221,20 @@ def _of_checkpoint(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     return causal_lm if trained is not causal_lm else causal_lm.to(execution.dtype), tokenizer, execution
 
 
-def _new_adapter(config: FinetuneConfig, flat: TrainingConfig, execution: Execution, tokenizer: Any) -> tuple[Any, Any]:
+def _new_adapter(config: FinetuneConfig, execution: Execution, tokenizer: Any) -> tuple[Any, Any]:
     """With the model that it is in."""
     with _needing_peft():
         from lacuna.finetune.adapters import add_adapter
-    model = add_adapter(_frozen(config, flat, execution, tokenizer), config, execution.dtype)
+    model = add_adapter(_frozen(config, execution, tokenizer), config, execution.dtype)
     return model, model.causal_lm
 
 
-def _frozen(config: FinetuneConfig, flat: TrainingConfig, execution: Execution, tokenizer: Any) -> Any:
+def _frozen(config: FinetuneConfig, execution: Execution, tokenizer: Any) -> Any:
     """The base as the run had it."""
     with _needing_peft():
         from lacuna.finetune.adapters import check_quantisation, load_frozen
     check_quantisation(config, execution.device)
-    return load_frozen(config, flat, execution, tokenizer)
+    return load_frozen(config, execution, tokenizer)
 
 
 def free_memory() -> None:

@@ -6,7 +6,6 @@ import click
 
 from lacuna.cli.chat import CHANGED_BASE
 from lacuna.cli.flags import HELP
-from lacuna.config.training import TrainingConfig
 from lacuna.errors import MissingExtraError
 
 
@@ -42,7 +41,7 @@ def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json
     from lacuna.data.hub import stay_offline_if_unreachable
 
     config = load_trainer_config(configs)
-    stay_offline_if_unreachable(config if isinstance(config, TrainingConfig) else config.as_sft())
+    stay_offline_if_unreachable(config)
     try:
         from lacuna.preflight.preview_text import look
     except ModuleNotFoundError as error:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -34,8 +33,6 @@ DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Show every setting, the plan, and what would stop the run; train nothing."
 )
 AGAIN = click.option("--again", is_flag=True, help="Train a finished run anew; its folder is kept beside the new one.")
-if TYPE_CHECKING:
-    from lacuna.config.finetune import FinetuneConfig
 
 YIELDING_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """On a CPU that others use too, OpenMP's threads otherwise spin while they wait: up to five times slower."""
@@ -60,7 +57,7 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
     paths = config_files(files)
     config, origins = resolve(FLAT[name], paths, flags)
     if dry_run:
-        print_settings(config.model_dump(), origins)
+        print_settings(config.written(), origins)
     elif starts_processes(config.gpus):
         launch_processes(name, config)
         return
@@ -84,7 +81,7 @@ def _without_again(words: list[str]) -> list[str]:
     return [word for word in words if word != "--again"]
 
 
-def show_dry_run(config: "TrainingConfig | FinetuneConfig", problems: Iterable[str]) -> None:
+def show_dry_run(config: TrainingConfig, problems: Iterable[str]) -> None:
     """Show what is known before training, and end with exit code 1 where something would stop it."""
     from lacuna.preflight.dry_run import dry_run
 
@@ -107,7 +104,7 @@ def launch_processes(name: str, config: TrainingConfig) -> None:
     except ModuleNotFoundError as error:
         raise MissingExtraError("train", error.name or "torch") from error
     words = sys.argv[1:] if Path(sys.argv[0]).stem in ("lacuna", "__main__") else [name, *sys.argv[1:]]
-    launch(words, config.gpus, config.max_restarts, config.device, config.output_dir)
+    launch(words, config.gpus, config.max_restarts, config.device, config.run_folder)
 
 
 @click.group(context_settings=HELP)
@@ -174,15 +171,15 @@ def finetune(
     paths = platform_commands.with_preset(files)
     config, origins = load_finetune(paths, settings)
     if dry_run:
-        print_settings(dict(leaves(config.model_dump())), origins)
+        print_settings(dict(leaves(config.written())), origins)
     from lacuna.data.hub import stay_offline_if_unreachable
 
-    stay_offline_if_unreachable(config.as_sft())
+    stay_offline_if_unreachable(config)
     if starts_processes(config.gpus) and not dry_run:
-        if resume is None and config.training.output_dir is None:
-            config = config.with_output_dir(default_output_dir(config.model.path, time.strftime("%Y%m%d-%H%M%S")))
-            sys.argv += ["--set", f"training.output_dir={config.training.output_dir}"]
-        launch_processes("finetune", config.as_sft())
+        if resume is None and config.output_dir is None:
+            config = config.in_folder(default_output_dir(config.model_name, time.strftime("%Y%m%d-%H%M%S")))
+            sys.argv += ["--set", f"training.output_dir={config.output_dir}"]
+        launch_processes("finetune", config)
         return
     os.environ.setdefault(*YIELDING_THREADS)
     try:
@@ -223,14 +220,14 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
     if name == "finetune":
         device = {"device": flags["device"]} if flags["device"] is not None else {}
         config, origins = load_finetune(flags["files"], {**parse_settings(flags["words"]), **device})
-        settings = config.model_dump()
+        settings = config.written()
     else:
         stray = flags.pop("files")
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
         del flags["verbose"], flags["dry_run"], flags["again"]
         flat, origins = resolve(FLAT[name], files, flags)
-        settings = flat.model_dump()
+        settings = flat.written()
     print_settings(dict(leaves(settings)), origins)
 
 

@@ -14,12 +14,14 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lacuna.config.training import TrainingConfig
 from lacuna.config.trees import MISSING, get, leaves, merge, without
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError
 from lacuna.words import did_you_mean
 
 Config = TypeVar("Config", bound=BaseModel)
+NO_SECTION = "should be a mapping of settings"
 
 
 @dataclass(frozen=True)
@@ -119,21 +121,90 @@ def check(
 
     flag: how a setting is given on the command line, for messages; None where it cannot be.
     """
+    spelling = _spelling(model)
+    named, strangers = by_name(values, spelling)
+    found = [(path, _stranger(model, path, value, origins)) for path, value in strangers.items()]
     try:
-        return model.model_validate(dict(values))
+        config = model.model_validate(named)
+        if not found:
+            return config
     except ValidationError as error:
-        found = [*error.errors(), *_hidden_disagreements(model, values, error)]
-        problems = [line for details in found for line in _problem(model, details, origins, flag).split("\n")]
-        raise ConfigError(list(dict.fromkeys(problems))) from None
+        wrong_sections = tuple(f"{path}." for path in strangers if path in _sections(spelling))
+        for details in [*error.errors(), *_hidden_disagreements(model, named, error)]:
+            path = _spelled(details["loc"], spelling)
+            is_hidden = path.startswith(wrong_sections) if path else any("." not in other for other in strangers)
+            if not is_hidden:
+                found.append((path, _problem(model, path, details, origins, flag)))
+    if spelling:
+        known = setting_paths(model)
+        found.sort(key=lambda pair: _rank(pair[0], known))
+    raise ConfigError(list(dict.fromkeys(line for _, problem in found for line in problem.split("\n"))))
+
+
+def _rank(path: str, known: Sequence[str]) -> float:
+    """Problems are told in the order of settings, what is unknown after all of its section."""
+    setting, section = ".".join(path.split(".")[:2]), f"{path.partition('.')[0]}."
+    if setting in known:
+        return known.index(setting)
+    return max((place for place, name in enumerate(known) if name.startswith(section)), default=len(known)) + 0.5
+
+
+def _spelling(model: type[BaseModel]) -> Mapping[str, str]:
+    return model.spelling if issubclass(model, TrainingConfig) else {}
+
+
+def _sections(spelling: Mapping[str, str]) -> set[str]:
+    return {path.partition(".")[0] for path in spelling.values() if "." in path}
+
+
+def by_name(values: Mapping[str, Any], spelling: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a user has written, under the names of settings; and, by its dotted path, what is none.
+
+    spelling: setting to its dotted path; empty where users write the names themselves.
+    """
+    if not spelling:
+        return dict(values), {}
+    sections, names = _sections(spelling), {path: name for name, path in spelling.items()}
+    by_path: dict[str, Any] = {}
+    for key, value in values.items():
+        is_section = key in sections and isinstance(value, dict)
+        by_path |= {f"{key}.{inner}": item for inner, item in value.items()} if is_section else {key: value}
+    named = {names[path]: value for path, value in by_path.items() if path in names}
+    return named, {path: value for path, value in by_path.items() if path not in names}
+
+
+def _spelled(location: Sequence[Any], spelling: Mapping[str, str]) -> str:
+    """The dotted path of what pydantic has found."""
+    parts = [str(part) for part in location]
+    return ".".join([spelling.get(part, part) for part in parts[:1]] + parts[1:])
+
+
+def _stranger(model: type[BaseModel], path: str, value: Any, origins: Mapping[str, Layer]) -> str:
+    where, setting = _place(path, origins)
+    if path in _sections(_spelling(model)):
+        return f"{where}{setting!r} is {_shown(value)} ({type(value).__name__}): {NO_SECTION}"
+    return _unknown(model, path, where)
+
+
+def _unknown(model: type[BaseModel], path: str, where: str) -> str:
+    settings = setting_paths(model)
+    elsewhere = [setting for setting in settings if setting.endswith(f".{path.rpartition('.')[2]}")]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(path, settings)
+    return f"{where}unknown setting {path!r}{hint}"
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
 
 
 def _hidden_disagreements(model: type[BaseModel], values: Mapping[str, Any], error: ValidationError) -> list[Any]:
     """Settings of a section that disagree are found only where none is wrong in itself: without the wrong ones."""
-    if not all(len(details["loc"]) > 1 for details in error.errors()):
+    spelling = _spelling(model)
+    if not all("." in _spelled(details["loc"], spelling) for details in error.errors()):
         return []
     rest = dict(values)
     for details in error.errors():
-        path = ".".join(map(str, details["loc"][:2]))
+        path = ".".join(map(str, details["loc"][: 1 if spelling else 2]))
         rest = without(rest, path) if get(rest, path) is not MISSING else rest
     try:
         model.model_validate(rest)
@@ -143,18 +214,14 @@ def _hidden_disagreements(model: type[BaseModel], values: Mapping[str, Any], err
 
 
 def _problem(
-    model: type[BaseModel], details: Any, origins: Mapping[str, Layer], flag: Callable[[str], str] | None
+    model: type[BaseModel], path: str, details: Any, origins: Mapping[str, Layer], flag: Callable[[str], str] | None
 ) -> str:
-    path = ".".join(str(part) for part in details["loc"])
     where, setting = _place(path, origins)
     if not path and flag is None and origins:
         where = f"{next(iter(origins.values())).name}: "
     match details["type"]:
         case "extra_forbidden":
-            settings = setting_paths(model)
-            elsewhere = [setting for setting in settings if setting.endswith(f".{path.rpartition('.')[2]}")]
-            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(path, settings)
-            return f"{where}unknown setting {path!r}{hint}"
+            return _unknown(model, path, where)
         case "missing":
             sources = dict.fromkeys(layer.name for layer in origins.values() if layer.lines)
             inner = [name for name in setting_paths(model) if name.startswith(f"{path}.")]
@@ -169,9 +236,8 @@ def _problem(
             return "\n".join(f"{_where_mentioned(line, origins) or where}{line}" for line in lines)
         case _:
             given, message = details["input"], without_subject(details["msg"])
-            message = "should be a mapping of settings" if details["type"] == "model_type" else message
-            value = reprlib.repr(given) if isinstance(given, dict | list) else repr(given)
-            return f"{where}{setting!r} is {value} ({type(given).__name__}): {message}"
+            message = NO_SECTION if details["type"] == "model_type" else message
+            return f"{where}{setting!r} is {_shown(given)} ({type(given).__name__}): {message}"
 
 
 def _where_mentioned(line: str, origins: Mapping[str, Layer]) -> str:
@@ -192,7 +258,9 @@ def _place(path: str, origins: Mapping[str, Layer]) -> tuple[str, str]:
 
 
 def setting_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of all settings of a config, sections left out."""
+    """Dotted paths of all settings of a config, as users write them, sections left out."""
+    if spelling := _spelling(model):
+        return [*spelling.values()]
     paths = []
     for name, details in model.model_fields.items():
         section = _section(details)
@@ -208,6 +276,8 @@ def _section(details: FieldInfo) -> type[BaseModel] | None:
 
 def field_at(model: type[BaseModel], path: str) -> FieldInfo:
     """The field of a setting, by its dotted path."""
+    if spelling := _spelling(model):
+        return model.model_fields[next(name for name, place in spelling.items() if place == path)]
     *sections, name = path.split(".")
     for section in sections:
         inner = _section(model.model_fields[section])

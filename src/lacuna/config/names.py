@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from lacuna.config.files import field_at, setting_paths, without_subject
-from lacuna.config.finetune import IN_SFT
+from lacuna.config.finetune import SPELLING
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.trees import MISSING, get, leaves, nested, prefixes, type_conflicts
 from lacuna.words import did_you_mean
@@ -114,7 +114,9 @@ def parameters(trainer: str) -> dict[str, Parameter]:
     ends = [path.rpartition(".")[2] for path in paths]
     places = {end: path for end, path in zip(ends, paths, strict=True) if ends.count(end) == 1}
     if trainer == "finetune":
-        others = {name: path for name, path in IN_SFT.items() if name not in places and name not in SECTIONS}
+        others = {
+            name: path for name, path in SPELLING.items() if name not in places and name not in (*SECTIONS, "trainer")
+        }
         places = {"lora_rank": "training.lora_r", **others, **places}
         places |= {path: path for path in paths if path not in places.values()}
     table = {}

@@ -3,18 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, set_flag
+from lacuna.config.files import Layer, check, flag_name, merge_layers, read_layer, set_flag, setting_paths
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.errors import ConfigError
 from lacuna.words import did_you_mean
 
-CONFIGS: dict[str, type[TrainingConfig] | type[FinetuneConfig]] = {**FLAT, "finetune": FinetuneConfig}
+CONFIGS: dict[str, type[TrainingConfig]] = {**FLAT, "finetune": FinetuneConfig}
+
+
+def top_keys(model: type[TrainingConfig]) -> list[str]:
+    """What stands at the top of a file: settings and sections, in order."""
+    return [*dict.fromkeys(path.partition(".")[0] for path in setting_paths(model))]
 
 
 def trainer_of(values: Mapping[str, Any]) -> Any:
     """What a file's `trainer` key says; without one, a file with finetune's sections is finetune's. Else None."""
-    has_sections = {"model", "dataset", "training"} <= values.keys() <= FinetuneConfig.model_fields.keys()
+    has_sections = {"model", "dataset", "training"} <= values.keys() <= {*top_keys(FinetuneConfig)}
     return values.get("trainer", "finetune" if has_sections else None)
 
 
@@ -24,7 +29,7 @@ def is_torchtune(layer: Layer) -> bool:
     return trainer_of(layer.values) is None and any("_component_" in section for section in sections)
 
 
-def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig:
+def load_trainer_config(files: Sequence[str]) -> TrainingConfig:
     """The checked config that files make, the later over the earlier, for whichever trainer they are for.
 
     Raises ConfigError that lists every problem with its file and line.
@@ -43,6 +48,3 @@ def load_trainer_config(files: Sequence[str]) -> TrainingConfig | FinetuneConfig
     model = CONFIGS[trainer]
     values, origins = merge_layers(layers, model.alternatives)
     return check(model, values, origins, flag_name if trainer in FLAT else set_flag)
-
-
-Config = TrainingConfig | FinetuneConfig

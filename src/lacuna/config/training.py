@@ -4,6 +4,7 @@ The string under a field is its documentation: `--help` and docs/settings.md pri
 """
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -28,6 +29,9 @@ MAY_CHANGE_ON_RESUME = {
     "keep_last", "final_weights", "tracker", "tracker_project",
 }  # fmt: skip
 """What leaves the sequence of samples and the mathematics of a run as they are."""
+
+WARMUP_SHARE = 0.03
+"""Of the steps, where nothing says how long the warmup is."""
 
 RESTARTS_NEED_GPUS = "max_restarts is for gpus > 1; under torchrun, give it --max-restarts"
 
@@ -81,7 +85,7 @@ class TrainingConfig(BaseModel):
     """Peak learning rate, reached after warmup."""
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where the cosine ends, as a share of the peak."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] | None = 0.03
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] | None = WARMUP_SHARE
     """Share of the steps in which the learning rate rises linearly. Or give warmup_steps."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps in which the learning rate rises linearly."""
@@ -130,12 +134,51 @@ class TrainingConfig(BaseModel):
     tracker_project: str | None = None
     """W&B project. Default: lacuna."""
 
+    spelling: ClassVar[Mapping[str, str]] = {}
+    """Setting to where its user writes it, where that is another name."""
     may_change: ClassVar[set[str]] = MAY_CHANGE_ON_RESUME
     alternatives: ClassVar[list[tuple[str, str]]] = ALTERNATIVES
 
+    @classmethod
+    def spelled(cls, setting: str) -> str:
+        """What its user calls a setting, for messages."""
+        return cls.spelling.get(setting, setting)
+
+    @classmethod
+    def flag(cls, setting: str) -> str:
+        """How its user gives a setting, for messages: `--output-dir`."""
+        return f"--{setting.replace('_', '-')}"
+
+    @property
+    def has_validation(self) -> bool:
+        return self.validation_dataset is not None or bool(self.validation_share)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether several documents share a row."""
+        return self.packing
+
+    @property
+    def whole_epochs(self) -> int | None:
+        """Passes over the data, where steps do not say how long to train."""
+        return self.epochs if self.steps is None else None
+
+    @property
+    def run_folder(self) -> str:
+        """output_dir, or what it is by default."""
+        return self.output_dir
+
+    def rows_in_step(self, devices: int | None = None) -> int:
+        """Rows that an optimizer step of so many processes sees. Default: gpus."""
+        return self.batch_size
+
+    def written(self, exclude_none: bool = False) -> dict[str, Any]:
+        """Every setting, as its user writes it into a file."""
+        return self.model_dump(exclude_none=exclude_none)
+
     def settings(self, devices: int = 1) -> dict[str, Any]:
         """Name to value: what a resumed run is compared by."""
-        return self.model_dump()
+        return self.written()
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +212,7 @@ class TrainingConfig(BaseModel):
             problems.append(f"batch_size {self.batch_size} leaves some of {self.gpus} gpus without a row: raise it")
         if self.gpus == 1 and self.changed_from_default("max_restarts"):
             problems.append(RESTARTS_NEED_GPUS)
-        if self.validation_dataset is None and self.validation_share is None:
+        if not self.has_validation:
             unused = self.changed_from_default("evaluate_every", "final_weights", "keep_best", "validation_split")
             if unused := [name for name in unused if (name, self.keep_best) != ("keep_best", 0)]:
                 problems.append(

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import Config
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import needs_checkpointing
 from lacuna.cost.memory import Adapter, Step
 from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
 from lacuna.machine.detect import Device
-
-
-def flat_of(config: Config) -> TrainingConfig:
-    """In the names of our own loop."""
-    return config.as_sft() if isinstance(config, FinetuneConfig) else config
 
 
 def read_shape(model: str, revision: str | None) -> ModelShape | str:
@@ -50,46 +44,47 @@ def read_config(model: str, revision: str | None) -> dict[str, Any] | str:
     return config
 
 
-def adapter_of(config: Config) -> Adapter | None:
+def adapter_of(config: TrainingConfig) -> Adapter | None:
     """Of a finetune config; None for training of all weights."""
     if not isinstance(config, FinetuneConfig):
         return None
-    training = config.training
-    targets = tuple(dict.fromkeys(target.split(".")[-1] for target in training.target_modules or PROJECTIONS))
-    bits = training.quantization_bits if training.method == "qlora" else None
-    return Adapter(training.lora_r, targets, training.lora_dropout > 0, bits, training.double_quantization)
+    targets = tuple(dict.fromkeys(target.split(".")[-1] for target in config.target_modules or PROJECTIONS))
+    bits = config.quantization_bits if config.method == "qlora" else None
+    return Adapter(config.lora_r, targets, config.lora_dropout > 0, bits, config.double_quantization)
 
 
 def step_of(
-    config: Config, shape: ModelShape | None, device: Device, longest: int | None = None, attention: str | None = None
-) -> Step:
+    config: TrainingConfig, shape: ModelShape | None, device: Device, longest: int | None = None,
+    attention: str | None = None, processes: int | None = None,
+) -> Step:  # fmt: skip
     """The step of a config on a device, with activation checkpointing as it will be; on where the shape is not known.
 
     longest: tokens of the longest sample, where no row can be longer. attention: what `auto` came to, if that is known.
+    processes: that share the weights, if not gpus.
     Torch's attention on a Mac is planned as one that keeps every score, for its backward pass has no other.
     # ref: https://github.com/pytorch/pytorch/issues/179294
     """
-    flat = flat_of(config)
     adapter = adapter_of(config)
-    bf16 = {"auto": device.type != "cpu" and device.has_bf16}.get(flat.precision, flat.precision == "bf16")
-    attention = attention or ("sdpa" if flat.attention == "auto" else flat.attention)
+    bf16 = {"auto": device.type != "cpu" and device.has_bf16}.get(config.precision, config.precision == "bf16")
+    attention = attention or ("sdpa" if config.attention == "auto" else config.attention)
     if attention == "flash_attention_2" and device.type != "cuda":
         attention = "sdpa"
     if device.type == "mps" and attention == "sdpa":
         attention = "eager"
-    gpus = flat.gpus
+    gpus = processes or config.gpus
+    rows = config.rows_in_step(gpus)
     step = Step(
-        rows=min(flat.micro_batch_size, math.ceil(flat.batch_size / gpus)),
-        length=min(flat.sequence_length, longest or flat.sequence_length),
+        rows=min(config.micro_batch_size, math.ceil(rows / gpus)),
+        length=min(config.sequence_length, longest or config.sequence_length),
         bf16=bf16,
-        checkpointing=flat.activation_checkpointing is True,
+        checkpointing=config.activation_checkpointing is True,
         device=device.type,
-        accumulates=flat.batch_size > flat.micro_batch_size * gpus,
+        accumulates=rows > config.micro_batch_size * gpus,
         attention=attention,
         adapter=adapter,
         processes=gpus,
     )
-    if flat.activation_checkpointing != "auto" or device.memory is None:
+    if config.activation_checkpointing != "auto" or device.memory is None:
         return step
     if shape is None or needs_checkpointing(shape, step, device.memory):
         return replace(step, checkpointing=True)

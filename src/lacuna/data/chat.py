@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lacuna.data.formats import Conversation, Example, Message, Text
-from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, Rendered, Sample, Spans, Unusable
+from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, TEMPLATE_FLAG, Rendered, Sample, Spans, Unusable
 from lacuna.data.template_date import NOW, with_date
 from lacuna.data.written import lacks_its_thought, not_written, with_text_arguments, without_weight
 from lacuna.errors import ModelError
@@ -28,10 +28,15 @@ SENTINEL = "\u2045lacuna {}\u2046"
 
 
 class Renderer:
-    """A tokenizer and what was learnt about its chat template. today: what a template takes for the date."""
+    """A tokenizer and what was learnt about its chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
-        self.tokenizer = tokenizer
+    today: what a template takes for the date. template_flag: by which the user gives another template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template_flag: str = TEMPLATE_FLAG, today: date | None = None
+    ) -> None:
+        self.tokenizer, self.template_flag = tokenizer, template_flag
         self.today = today or date.today()
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -57,7 +62,7 @@ class Renderer:
             return False
         probe = [{"role": "user", "content": "question"}]
         days = (self.today, self.today - timedelta(days=400))
-        return len({Renderer(self.tokenizer, day).render(probe) for day in days}) > 1
+        return len({Renderer(self.tokenizer, today=day).render(probe) for day in days}) > 1
 
     def _dated(self, tools: list[Any] | None) -> dict[str, Any]:
         """The template, and the day that it takes for today."""
@@ -102,7 +107,7 @@ class Renderer:
         if not last:
             raise ModelError(
                 "the chat template writes no end-of-turn token after the assistant's words, so the model would never "
-                "learn to stop: pass another one with --chat-template"
+                f"learn to stop: pass another one with {self.template_flag}"
             )
         shared = [
             token for token, other in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))
@@ -343,6 +348,6 @@ class Renderer:
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, and the data are conversations: "
-                "take the model's instruct version, or pass a Jinja file with --chat-template"
+                f"take the model's instruct version, or pass a Jinja file with {self.template_flag}"
             )
         return self.conversations([example for example in batch if isinstance(example, Conversation)])

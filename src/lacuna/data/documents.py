@@ -32,6 +32,8 @@ class Source:
     schema: str
     text_column: str
     unreadable_share: float
+    whose: type[TrainingConfig] = TrainingConfig
+    """The kind of config, by whose spelling messages name settings."""
     streaming: bool = False
     """Of a hub data set: read what is asked for, instead of downloading all of it."""
 
@@ -51,7 +53,7 @@ def _source(config: TrainingConfig, dataset: str, split: str) -> Source:
     schema = config.dataset_schema if isinstance(config, SFTConfig) else "text"
     return Source(
         dataset, split, config.dataset_format, config.dataset_subset, schema, config.text_column,
-        config.unreadable_share,
+        config.unreadable_share, type(config),
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def open_source(source: Source, report: Report) -> tuple[Schema, Iterator[Row | 
         rows = (row for row, _ in hub_rows(source.subset, dataset, source.split, None, source.streaming))
     first, rows = peek(rows)
     if not first:
-        list(within_limit(rows, source.unreadable_share, report))
+        list(within_limit(rows, source.unreadable_share, report, flag=source.whose.flag("unreadable_share")))
         raise DataError(f"{dataset}: there are no rows in it")
     return detect_schema(first, source.schema, source.text_column, dataset), rows
 
@@ -149,9 +151,8 @@ def refuse_unread(config: TrainingConfig, schema: Schema, where: str) -> None:
     """Raise DataError for settings that data of this schema do not read."""
     for_the_other = ["text_column"] if schema.name != "text" else ["chat_template", "too_long"]
     if given := config.changed_from_default(*(name for name in for_the_other if name in type(config).model_fields)):
-        raise DataError(
-            f"{where}: {', '.join(given)} would have no effect, because the data's schema is {schema.reason}"
-        )
+        names = ", ".join(map(config.spelled, given))
+        raise DataError(f"{where}: {names} would have no effect, because the data's schema is {schema.reason}")
 
 
 def render(examples: Iterable[Example], renderer: Renderer, is_text: bool) -> Documents:
@@ -183,13 +184,14 @@ def render(examples: Iterable[Example], renderer: Renderer, is_text: bool) -> Do
     )
 
 
-def refuse_unusable(documents: Documents, dataset: str, report: Report) -> None:
+def refuse_unusable(documents: Documents, source: Source, report: Report) -> None:
     """Raise DataError for documents that would teach the wrong thing, or where there are none; empty ones are said."""
-    stop_on_unusable(documents.unusable, documents.total)
+    stop_on_unusable(documents.unusable, documents.total, source.whose.flag("chat_template"))
     if not len(documents):
-        raise DataError(f"{dataset}: all {documents.total} texts in it are empty")
+        raise DataError(f"{source.dataset}: all {documents.total} texts in it are empty")
     for note, origins in documents.notes.items():
-        report(f"{dataset}: {len(origins):,} of {documents.total:,} conversations: {note}; the first: {origins[0]}")
+        of_all = f"{len(origins):,} of {documents.total:,} conversations"
+        report(f"{source.dataset}: {of_all}: {note}; the first: {origins[0]}")
     if empty := documents.empty:
         report(f"{len(empty)} of {documents.total} texts are empty and left out; the first: {empty[0].origin}")
 
@@ -200,9 +202,10 @@ def read_documents(
     """Read, check and render an opened data set. Raises DataError with what is wrong in which file and line."""
     unused = f"; columns not used: {', '.join(schema.unused_columns)}" if schema.unused_columns else ""
     report(f"{source.dataset}: schema {schema.reason}{unused}")
-    examples = within_limit(to_examples(rows, schema), source.unreadable_share, report)
+    flag = source.whose.flag("unreadable_share")
+    examples = within_limit(to_examples(rows, schema), source.unreadable_share, report, flag=flag)
     documents = render(examples, renderer, schema.name == "text")
-    refuse_unusable(documents, source.dataset, report)
+    refuse_unusable(documents, source, report)
     return documents
 
 
@@ -234,10 +237,13 @@ def fit(documents: Documents, config: TrainingConfig, name: str, report: Report)
     count = int(np.count_nonzero(too_long))
     if not count:
         return whole
-    found = f"{name}: {count:,} of {len(documents):,} conversations are longer than sequence_length {limit}"
+    longer = f"longer than {config.spelled('sequence_length')} {limit}"
+    found = f"{name}: {count:,} of {len(documents):,} conversations are {longer}"
     found += f" (the longest has {int(lengths.max()):,} tokens)"
     if config.too_long == "stop":
-        raise DataError(f"{found}: raise --sequence-length, or choose --too-long drop or truncate")
+        raise DataError(
+            f"{found}: raise {config.flag('sequence_length')}, or choose {config.flag('too_long')} drop or truncate"
+        )
     if config.too_long == "truncate":
         cut = Pieces(whole.documents, whole.starts, np.minimum(whole.ends, whole.starts + limit))
         kept = cut.where(documents.targets(cut) > 0)
@@ -245,7 +251,7 @@ def fit(documents: Documents, config: TrainingConfig, name: str, report: Report)
         report(f"{found}: cut off; {lost:,} of them had nothing left to learn and are left out")
     else:
         kept = whole.where(~too_long)
-        report(f"{found}: left out (too_long = 'drop')")
+        report(f"{found}: left out ({config.spelled('too_long')} = 'drop')")
     if not len(kept.documents):
-        raise DataError(f"{found}: nothing is left to train on; raise --sequence-length")
+        raise DataError(f"{found}: nothing is left to train on; raise {config.flag('sequence_length')}")
     return kept

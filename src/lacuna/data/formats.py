@@ -54,6 +54,9 @@ class Conversation:
     origin: str
 
 
+UNREADABLE_FLAG = "--unreadable-share"
+
+
 @dataclass(frozen=True)
 class Text:
     text: str
@@ -211,13 +214,15 @@ def _read_text(path: Path) -> Iterator[Row | Broken]:
 
 
 def within_limit(
-    rows: Iterable[Any | Broken], share: float, report: Callable[[str], None], collected: int = SHOWN_PROBLEMS
-) -> Iterator[Any]:
+    rows: Iterable[Any | Broken], share: float, report: Callable[[str], None], collected: int = SHOWN_PROBLEMS,
+    flag: str = UNREADABLE_FLAG,
+) -> Iterator[Any]:  # fmt: skip
     """Pass on what is not Broken.
 
     Raises DataError naming the first broken rows once more than `share` of at least 1,000 rows, or of all, are
     broken; otherwise the number left out is reported at the end.
     collected: so many broken rows are waited for, to be named together; 0 where the end may never come.
+    flag: by which the user allows more of them, for messages.
     """
     broken: list[Broken] = []
     total = 0
@@ -226,21 +231,23 @@ def within_limit(
         if isinstance(row, Broken):
             broken.append(row)
         if total >= 1000 and len(broken) > max(share * total, collected):
-            judge_broken(broken, total, share, report)
+            judge_broken(broken, total, share, report, flag)
         if not isinstance(row, Broken):
             yield row
-    judge_broken(broken, total, share, report)
+    judge_broken(broken, total, share, report, flag)
 
 
-def judge_broken(broken: list[Broken], total: int, share: float, report: Callable[[str], None]) -> None:
-    """Report the rows left out. Raises DataError naming the first of them where they are more than the share."""
+def judge_broken(
+    broken: list[Broken], total: int, share: float, report: Callable[[str], None], flag: str = UNREADABLE_FLAG
+) -> None:
+    """Report the rows left out. flag: by which the user allows more of them.
+
+    Raises DataError naming the first of them where they are more than the share."""
     if len(broken) > share * total:
         lines = [f"{row.origin}: {row.reason}" for row in broken[:SHOWN_PROBLEMS]]
         if len(broken) > SHOWN_PROBLEMS:
             lines.append(f"… and {len(broken) - SHOWN_PROBLEMS} more broken rows")
-        lines.append(
-            f"{len(broken)} of {total} rows cannot be used: mend them, or allow a share with --unreadable-share"
-        )
+        lines.append(f"{len(broken)} of {total} rows cannot be used: mend them, or allow a share with {flag}")
         raise DataError(lines)
     if broken:
         report(f"{len(broken)} of {total} rows are broken and left out; the first: {broken[0].origin}")

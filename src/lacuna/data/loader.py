@@ -138,7 +138,7 @@ def pack_part(part: Part, config: TrainingConfig) -> PackedRows:
         np.concatenate([documents.supervised[span] for span in spans]),
         pieces.lengths,
         config.sequence_length,
-        config.packing,
+        config.packs_rows,
     )
 
 
@@ -180,11 +180,13 @@ def batches(
 
 
 def load_rows(
-    config: TrainingConfig, renderer: Renderer, report: Report, preparation: str = PREPARATION
-) -> tuple[PackedRows, PackedRows | None]:
+    config: TrainingConfig, renderer: Renderer, report: Report, preparation: str = PREPARATION,
+    devices: int | None = None,
+) -> tuple[PackedRows, PackedRows | None]:  # fmt: skip
     """Read, render, check, split and pack all data of a config: training rows and validation rows.
 
-    preparation: the version by which the run was begun. Raises DataError with what is wrong in which file and line.
+    preparation: the version by which the run was begun. devices: if not gpus.
+    Raises DataError with what is wrong in which file and line.
     """
 
     def documents_of(source: Source) -> Documents:
@@ -197,7 +199,7 @@ def load_rows(
         report(str(copies))
     rows = pack_part(training, config)
     _describe(rows, training.name, config.sequence_length, report)
-    refuse_few_rows(config, len(rows))
+    refuse_few_rows(config, len(rows), devices)
     if validation is None:
         return rows, None
     validation_rows = pack_part(validation, config)
@@ -214,7 +216,7 @@ def make_parts(
     """What is trained on and what is held out, cut to the config's lengths but not packed. Raises DataError."""
     documents = documents_of(training_source(config))
     training = Part(documents, fit(documents, config, config.dataset, report), config.dataset)
-    if config.validation_share is not None:
+    if config.validation_share:
         return divide(training, config, preparation)
     if (source := validation_source(config)) is None:
         return training, None
@@ -222,17 +224,19 @@ def make_parts(
     return training, Part(held_out, fit(held_out, config, source.dataset, report), source.dataset)
 
 
-def refuse_few_rows(config: TrainingConfig, rows: int) -> None:
-    """Raise DataError where the data do not fill one batch."""
-    if config.batch_size > rows and not config.packing:
+def refuse_few_rows(config: TrainingConfig, rows: int, devices: int | None = None) -> None:
+    """Raise DataError where the data do not fill one batch. devices: if not gpus."""
+    wanted = config.rows_in_step(devices)
+    if wanted > rows and not config.packs_rows:
         raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} samples, but there are only {rows}: lower "
-            "--batch-size"
+            f"{config.dataset}: {config.spelled('batch_size')} is {wanted} samples, but there are only "
+            f"{rows}: lower {config.flag('batch_size')}"
         )
-    if config.batch_size > rows:
+    if wanted > rows:
         raise DataError(
-            f"{config.dataset}: batch_size is {config.batch_size} rows, but the data fill only {rows} of "
-            f"{config.sequence_length} tokens: lower --batch-size or --sequence-length"
+            f"{config.dataset}: {config.spelled('batch_size')} is {wanted} rows, but the data fill only "
+            f"{rows} of {config.sequence_length} tokens: lower {config.flag('batch_size')} or "
+            f"{config.flag('sequence_length')}"
         )
 
 
@@ -259,11 +263,14 @@ def check_data_settings(config: TrainingConfig) -> None:
             continue
         if files is None:
             if config.changed_from_default("dataset_format"):
-                problems.append(f"dataset_format is for files, but {dataset} is a hub data set")
+                name = config.spelled("dataset_format")
+                problems.append(f"{name} is for files, but {dataset} is a hub data set")
             continue
         if setting == "dataset_split" and config.changed_from_default("dataset_subset"):
-            problems.append(f"dataset_subset is for hub data sets, but {dataset} is a file or folder")
+            name = config.spelled("dataset_subset")
+            problems.append(f"{name} is for hub data sets, but {dataset} is a file or folder")
         if not Path(dataset).expanduser().is_dir() and config.changed_from_default(setting):
-            problems.append(f"{setting} is for hub data sets and folders, but {dataset} is a file")
+            name = config.spelled(setting)
+            problems.append(f"{name} is for hub data sets and folders, but {dataset} is a file")
     if problems:
         raise DataError(problems)

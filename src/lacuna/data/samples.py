@@ -20,10 +20,13 @@ ADVICE = {
     "control tokens in the text": "they would steer the model as if the template had written them; remove them",
     "refused by the template": "the chat template does not accept this sequence of messages",
     "left out by the template": "the chat template does not write this message, so the model would never see it; "
-    "remove it, or pass a template that writes it with --chat-template",
+    "remove it, or pass a template that writes it",
     "assistant's words not found": "the template rewrites what the assistant says; put {% generation %} marks into it "
-    "and pass it with --chat-template",
+    "and pass it",
 }
+BY_A_TEMPLATE = {"left out by the template", "assistant's words not found"}
+"""Kinds that another template mends."""
+TEMPLATE_FLAG = "--chat-template"
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class Unusable:
     detail: str = ""
 
 
-def stop_on_unusable(unusable: Sequence[Unusable], total: int) -> None:
+def stop_on_unusable(unusable: Sequence[Unusable], total: int, template_flag: str = TEMPLATE_FLAG) -> None:
     """Raise one DataError that counts every kind and names the first sample of each."""
     problems = []
     for kind in dict.fromkeys(item.kind for item in unusable):
         found = [item for item in unusable if item.kind == kind]
         detail = f" ({found[0].detail})" if found[0].detail else ""
         others = f" (also {', '.join(item.origin for item in found[1:SHOWN_PROBLEMS])})" if found[1:] else ""
-        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {ADVICE[kind]}")
+        advice = f"{ADVICE[kind]} with {template_flag}" if kind in BY_A_TEMPLATE else ADVICE[kind]
+        problems.append(f"{found[0].origin}: {kind}{detail}; {len(found)} of {total} samples{others}: {advice}")
     if problems:
         raise DataError(problems)
 

@@ -38,7 +38,7 @@ def divide(part: Part, config: TrainingConfig, preparation: str = PREPARATION) -
     if count >= len(distinct):
         raise DataError(
             f"{part.name}: {len(distinct)} distinct documents are too few to keep {share:.0%} of them for validation: "
-            "give --validation-dataset, or no validation"
+            f"give {config.flag('validation_dataset')}, or no validation"
         )
     drawn_originals = distinct[np.argsort(numbers[used[distinct]])[:count]]
     held_out = np.zeros(total, dtype=np.bool_)

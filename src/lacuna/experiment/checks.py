@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lacuna.config.finetune import IN_SFT, FinetuneConfig
+from lacuna.config.files import check
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.names import parameters, value_problem
 from lacuna.config.trees import MISSING, get
 from lacuna.data.find import find_files
@@ -36,7 +37,7 @@ def _flat(trainer: str, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], M
     """A config's values under the names of our own loop, and where the config has them."""
     if trainer != "finetune":
         return values, {}
-    return FinetuneConfig.model_validate(values).as_sft().model_dump(), IN_SFT
+    return check(FinetuneConfig, values, {}).model_dump(), FinetuneConfig.spelling
 
 
 def _our_data(values: Mapping[str, Any], places: Mapping[str, str]) -> Iterator[Problem]:

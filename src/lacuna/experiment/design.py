@@ -168,7 +168,7 @@ class _Composer:
         ]
         model = CONFIGS[self.trainer]
         config = check(model, *merge_layers(layers, model.alternatives), flag=None)
-        return {"trainer": self.trainer, **config.model_dump(exclude_none=True)}
+        return {"trainer": self.trainer, **config.written(exclude_none=True)}
 
 
 def _in_order(experiment: Experiment, trainer: str, base: Values, places: Places, layer: Layer) -> list[str]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lacuna.config.finetune import FinetuneConfig, TrainingSection
-from lacuna.config.training import TrainingConfig
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.data.chat import Renderer
 from lacuna.errors import ConfigError
 from lacuna.machine.detect import Device
@@ -49,11 +48,11 @@ class AdapterModel(PeftModelForCausalLM):
 
 def check_quantisation(config: FinetuneConfig, device: Device) -> None:
     """Quantise a few weights and multiply by them. Raises ConfigError where bitsandbytes does not work here."""
-    if config.training.method != "qlora":
+    if config.method != "qlora":
         return
     advice = "set training.method: lora, which needs no quantisation"
     try:
-        if not quantised_product(config.training.quantization_bits, device.type):
+        if not quantised_product(config.quantization_bits, device.type):
             raise ConfigError(f"training.method qlora: bitsandbytes gives no finite product on {device.name}: {advice}")
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError, ValueError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -62,20 +61,18 @@ def check_quantisation(config: FinetuneConfig, device: Device) -> None:
         ) from error
 
 
-def load_frozen(
-    config: FinetuneConfig, flat: TrainingConfig, execution: Execution, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def load_frozen(config: FinetuneConfig, execution: Execution, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model whose weights will not move, quantised for qlora, on the device. Raises ModelError."""
     settings: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": execution.attention}
-    if config.training.method == "qlora":
-        settings["quantization_config"] = quantisation(config.training, execution.dtype)
+    if config.method == "qlora":
+        settings["quantization_config"] = quantisation(config, execution.dtype)
         if execution.device.type != "cpu":
             settings["device_map"] = {"": execution.device.type}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="bitsandbytes")
-        model, missing = load_weights(flat, settings)
-    check_loaded(flat, model, missing, tokenizer)
-    if config.training.method == "qlora":
+        model, missing = load_weights(config, settings)
+    check_loaded(config, model, missing, tokenizer)
+    if config.method == "qlora":
         _keep_as_loaded(model)
         return cast(PreTrainedModel, model)
     return cast(PreTrainedModel, model.to(execution.device.type))
@@ -90,33 +87,32 @@ def _keep_as_loaded(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantisation(training: TrainingSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantisation(config: FinetuneConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     """# ref: Dettmers et al. 2023, QLoRA, arXiv 2305.14314"""
-    if training.quantization_bits == 8:
+    if config.quantization_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[training.quantization_compute_dtype]
+    compute = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[config.quantization_compute_dtype]
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=training.quantization_type,
-        bnb_4bit_use_double_quant=training.double_quantization,
+        bnb_4bit_quant_type=config.quantization_type,
+        bnb_4bit_use_double_quant=config.double_quantization,
         bnb_4bit_compute_dtype=compute,
     )
 
 
 def add_adapter(causal_lm: PreTrainedModel, config: FinetuneConfig, dtype: torch.dtype) -> AdapterModel:
     """Draw an adapter, in fp32, from the config's seed. Raises ConfigError for layers that the model does not have."""
-    training = config.training
-    targets = target_modules(causal_lm, training.target_modules)
-    torch.manual_seed(training.seed)
+    targets = target_modules(causal_lm, config.target_modules)
+    torch.manual_seed(config.seed)
     adapter = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=training.lora_r,
-        lora_alpha=training.lora_alpha,
-        lora_dropout=training.lora_dropout,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
         target_modules=targets,
-        bias=training.bias,
-        base_model_name_or_path=config.model.path,
-        revision=config.model.revision,
+        bias=config.bias,
+        base_model_name_or_path=config.model_name,
+        revision=config.model_revision,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")

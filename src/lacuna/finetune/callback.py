@@ -11,7 +11,6 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.training import SFTConfig
 from lacuna.errors import Interrupted
 from lacuna.finetune.adapters import AdapterModel
 from lacuna.finetune.steps import Step
@@ -45,18 +44,18 @@ class RunFolderCallback(TrainerCallback):
     """Around each optimizer step: clip, check, log, validate, save, stop."""
 
     def __init__(
-        self, config: FinetuneConfig, flat: SFTConfig, prepared: Prepared, trainer: AdapterTrainer,
+        self, config: FinetuneConfig, log_every: int, prepared: Prepared, trainer: AdapterTrainer,
         optimizer: torch.optim.Optimizer, start: TrainingState, console: Console, stop: StopRequest,
         progress: TrainingProgress, written: Written | None,
     ) -> None:  # fmt: skip
-        self.config, self.flat, self.prepared, self.trainer, self.optimizer = config, flat, prepared, trainer, optimizer
+        self.config, self.prepared, self.trainer, self.optimizer = config, prepared, trainer, optimizer
         self.model: AdapterModel = trainer.accelerator.unwrap_model(trainer.model)
         self.console, self.stop, self.progress, self.written = console, stop, progress, written
         self.state = start
-        self.flops = model_flops(self.model.causal_lm, flat.sequence_length)
+        self.flops = model_flops(self.model.causal_lm, config.sequence_length)
         self.world = prepared.world
         self.window, self.tokens, self.loss, self.norm = Window(), start.tokens, 0.0, 0.0
-        self.started = 0.0
+        self.started, self.log_every = 0.0, log_every
         self.validation_loss = start.validation_loss
 
     def due(self, step: int, every: int) -> bool:
@@ -80,13 +79,13 @@ class RunFolderCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.started = time.perf_counter()
-        torch.manual_seed(dropout_seed(self.flat.seed, state.global_step, self.world.rank))
+        torch.manual_seed(dropout_seed(self.config.seed, state.global_step, self.world.rank))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.flat.max_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.max_gradient_norm)
         losses = self.trainer.losses
         total = self.world.total(torch.stack(losses).sum()) / self.world.size
         self.loss, self.norm = torch.stack([total, norm.to(total.device)]).tolist()
@@ -95,28 +94,28 @@ class RunFolderCallback(TrainerCallback):
             step = self.trainer.step
             assert step is not None
             number = state.global_step + 1
-            raise_non_finite(number, step.batch, step.passes, losses, self.norm, self.prepared, self.flat)
+            raise_non_finite(number, step.batch, step.passes, losses, self.norm, self.prepared, self.config)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step, done = state.global_step, self.trainer.step
         assert done is not None
         self.window.seconds += time.perf_counter() - self.started + done.seconds
         self.window.data_seconds += done.seconds
-        self.window.add(done.passes, self.flops, self.flat.sequence_length, done.batch.tokens)
+        self.window.add(done.passes, self.flops, self.config.sequence_length, done.batch.tokens)
         self.tokens += done.batch.tokens
         self.validation_loss = None
         self.progress.advance(step)
-        if self.due(step, self.flat.log_every) or step == 1:
+        if self.due(step, self.log_every) or step == 1:
             self.write_metrics(step, done)
         if self.validation_due(step):
             self.validate(step)
         asked = self.asked_to_stop()
-        if asked or self.due(step, self.flat.save_every):
+        if asked or self.due(step, self.config.save_every):
             self.save(step, done)
         self.stop_if_asked(step, asked)
 
     def validation_due(self, step: int) -> bool:
-        every = (self.flat.save_every, self.flat.evaluate_every or self.flat.save_every)
+        every = (self.config.save_every, self.config.evaluate_every or self.config.save_every)
         return any(self.due(step, steps) for steps in every)
 
     def write_metrics(self, step: int, done: Step) -> None:
@@ -124,9 +123,7 @@ class RunFolderCallback(TrainerCallback):
         assert rows is not None
         values = {
             "loss": self.loss,
-            "learning_rate": learning_rate_at(
-                step, self.prepared.total_steps, self.flat, self.config.training.scheduler
-            ),
+            "learning_rate": learning_rate_at(step, self.prepared.total_steps, self.config, self.config.scheduler),
             "gradient_norm": self.norm,
             "tokens": self.tokens,
             "targets": done.batch.targets,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from lacuna.config.training import SFTConfig
+from lacuna.config.finetune import FinetuneConfig
 from lacuna.data.collate import MicroBatch, collate
 from lacuna.data.loader import Batch, PackedRow, batches
 from lacuna.data.packing import pack
@@ -60,19 +60,20 @@ class Layout:
 class Steps(IterableDataset[Step]):
     """The optimizer steps of a run from a position on, and this process' share of each."""
 
-    def __init__(self, config: SFTConfig, prepared: Prepared, layout: Layout, position: Any) -> None:
+    def __init__(self, config: FinetuneConfig, prepared: Prepared, layout: Layout, position: Any) -> None:
         self.config, self.prepared, self.layout, self.position = config, prepared, layout, position
 
     def __iter__(self) -> Iterator[Step]:
         rows = self.prepared.train_rows
         assert rows is not None
-        total = self.config.epochs * len(rows) if self.config.epochs is not None else None
-        source = batches(rows, self.config.batch_size, self.config.seed, self.position, total)
+        config, world = self.config, self.prepared.world
+        total = config.whole_epochs * len(rows) if config.whole_epochs is not None else None
+        source = batches(rows, config.rows_in_step(world.size), self.config.seed, self.position, total)
         while True:
             started = time.perf_counter()
             batch = next(source, None)
             if batch is None:
                 return
-            samples = [sample for row in self.prepared.world.share(batch.places) for sample in row]
+            samples = [sample for row in world.share(batch.places) for sample in row]
             passes = self.layout.passes(samples)
             yield Step(batch, passes, time.perf_counter() - started)

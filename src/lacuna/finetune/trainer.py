@@ -14,7 +14,6 @@ from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.training import SFTConfig
 from lacuna.finetune.adapters import AdapterModel, to_fp32
 from lacuna.finetune.steps import Layout, Step, Steps
 from lacuna.train.checkpoint import TrainingState
@@ -57,7 +56,7 @@ def as_inputs(step: Step) -> dict[str, Step]:
 
 
 def make_trainer(
-    config: FinetuneConfig, flat: SFTConfig, prepared: Prepared, model: AdapterModel, state: TrainingState,
+    config: FinetuneConfig, prepared: Prepared, model: AdapterModel, state: TrainingState,
     optimizer: torch.optim.Optimizer, checkpointing: bool,
 ) -> AdapterTrainer:  # fmt: skip
     """TRL's trainer with everything off that this package does itself.
@@ -65,14 +64,14 @@ def make_trainer(
     TRL looks at one sample of a data set when it starts; the others reach it by get_train_dataloader.
     """
     execution = prepared.execution
-    layout = Layout(flat.micro_batch_size, config.training.packing, prepared.padding, execution.flatten_rows)
-    schedule = config.training.scheduler
+    layout = Layout(config.micro_batch_size, config.packing, prepared.padding, execution.flatten_rows)
+    schedule = config.scheduler
     arguments = TrlConfig(
         output_dir=str(prepared.folder),
         max_steps=prepared.total_steps,
         per_device_train_batch_size=1,
         gradient_checkpointing=checkpointing,
-        seed=flat.seed,
+        seed=config.seed,
         bf16=False,
         max_grad_norm=0,
         use_cpu=execution.device.type == "cpu",
@@ -85,14 +84,14 @@ def make_trainer(
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    steps = Steps(flat, prepared, layout, state.position or None)
+    steps = Steps(config, prepared, layout, state.position or None)
     assert prepared.train_rows is not None
     sample = prepared.train_rows.row(0)[0]
     looked_at = {"input_ids": sample.tokens, "labels": np.where(sample.supervised, sample.tokens, -100)}
     before = {name: parameter.data.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def share_of_peak(done: int) -> float:
-        return learning_rate_at(state.step + done + 1, prepared.total_steps, flat, schedule) / flat.learning_rate
+        return learning_rate_at(state.step + done + 1, prepared.total_steps, config, schedule) / config.learning_rate
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -119,22 +118,20 @@ def _undo_rounding(model: AdapterModel, before: dict[str, torch.Tensor]) -> None
             parameter.data.copy_(before[name])
 
 
-def make_adapter_optimizer(
-    config: FinetuneConfig, flat: SFTConfig, model: AdapterModel, device: str
-) -> torch.optim.Optimizer:
+def make_adapter_optimizer(config: FinetuneConfig, model: AdapterModel, device: str) -> torch.optim.Optimizer:
     if optimizer_name(config, device) == "adamw":
-        return make_optimizer(model, flat)
+        return make_optimizer(model, config)
     from bitsandbytes.optim.adamw import PagedAdamW32bit
 
-    betas = (flat.adam_beta1, flat.adam_beta2)
-    groups = decay_groups(model, flat)
-    optimizer: torch.optim.Optimizer = PagedAdamW32bit(groups, lr=flat.learning_rate, betas=betas)
+    betas = (config.adam_beta1, config.adam_beta2)
+    groups = decay_groups(model, config)
+    optimizer: torch.optim.Optimizer = PagedAdamW32bit(groups, lr=config.learning_rate, betas=betas)
     return optimizer
 
 
 def optimizer_name(config: FinetuneConfig, device: str) -> str:
     """Paged optimizers move between the GPU's memory and the host's: there are none without CUDA."""
-    wanted = config.training.optimizer
+    wanted = config.optimizer
     if wanted == "auto":
-        wanted = "paged_adamw_32bit" if config.training.method == "qlora" else "adamw"
+        wanted = "paged_adamw_32bit" if config.method == "qlora" else "adamw"
     return wanted if device == "cuda" else "adamw"

@@ -56,8 +56,7 @@ class Counts:
 def count(configs: Mapping[str, TrainingConfig], report: Callable[[str], None]) -> dict[str, Counts | str]:
     """For each run what it will read, or why this is not known, or would stop the run, as a sentence.
 
-    Adapter runs come as `FinetuneConfig.as_sft()`, whose rows are samples. report: gets what reading finds, such as the
-    schema, once for each data set.
+    report: gets what reading finds, such as the schema, once for each data set.
     """
     from lacuna.data.hub import stay_offline_if_unreachable
 
@@ -118,17 +117,17 @@ def _count(config: TrainingConfig, once: _Once, report: Callable[[str], None], f
     sources = (training_source(config), validation_source(config))
     for source in filter(None, sources):
         documents_of(source)
-    preparation = preparation_of(Path(config.output_dir).expanduser(), config.resume) or PREPARATION
+    preparation = preparation_of(Path(config.run_folder).expanduser(), config.resume) or PREPARATION
     drawn_by = (config.split_seed, preparation, config.seed if preparation == "1" else None)
     held_out = (config.validation_share, drawn_by) if config.validation_share else None
-    cut = (sft and sft.too_long, config.sequence_length, held_out, config.packing)
+    cut = (sft and sft.too_long, config.sequence_length, held_out, config.packs_rows)
     facts = once(
         (renderer, sources, cut), lambda: _facts(*make_parts(config, documents_of, found, preparation), config)
     )
     refuse_few_rows(config, facts["rows"])
     steps = count_steps(config, facts["rows"])
     check_warmup(config, steps)
-    epochs = config.epochs or steps * config.batch_size / facts["rows"]
+    epochs = config.whole_epochs or steps * config.rows_in_step() / facts["rows"]
     return Counts(**facts, steps=steps, epochs=epochs)
 
 
@@ -139,7 +138,7 @@ def _renderer(config: TrainingConfig, once: _Once) -> "Renderer":
 
     tokenizer: Any = load_tokenizer(config)
     told_by = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
-    return once(("tokenizer", *told_by), lambda: Renderer(tokenizer))
+    return once(("tokenizer", *told_by), lambda: Renderer(tokenizer, config.flag("chat_template")))
 
 
 def _read(source: "Source", renderer: "Renderer", report: Callable[[str], None]) -> tuple["Schema", "Documents"]:
@@ -162,7 +161,7 @@ def _facts(training: "Part", validation: "Part | None", config: TrainingConfig) 
         "tokens": tokens,
         "targets": int(documents.targets(pieces).sum()),
         "rows": rows,
-        "fill": tokens / (rows * config.sequence_length) if config.packing else None,
+        "fill": tokens / (rows * config.sequence_length) if config.packs_rows else None,
         "attention_pairs": int((lengths * (lengths + 1) // 2).sum()),
         "longest": int(lengths.max()),
         "dropped": len(documents) - used - (held_out if is_split else 0),
@@ -176,4 +175,4 @@ def _facts(training: "Part", validation: "Part | None", config: TrainingConfig) 
 
 def _rows(part: "Part", config: TrainingConfig) -> int:
     lengths = part.pieces.lengths
-    return count_rows(lengths, config.sequence_length) if config.packing else len(lengths)
+    return count_rows(lengths, config.sequence_length) if config.packs_rows else len(lengths)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from lacuna.config.files import read_layer
 from lacuna.config.trainers import is_torchtune, load_trainer_config
-from lacuna.cost.step import flat_of
 from lacuna.errors import Problem
 from lacuna.experiment.folder import summarise
 from lacuna.preflight import services
@@ -48,7 +47,7 @@ def examine(files: Sequence[str]) -> Examination:
         return _examine_problems(torchtune_problems(Path(files[0])), "torchtune")
     config = load_trainer_config(files) if files else None
     needed = needed_checks(config) if config is not None else EVERYONE_NEEDS
-    folder = Path(flat_of(config).output_dir) if config is not None else Path.cwd()
+    folder = Path(config.run_folder) if config is not None else Path.cwd()
     return _examine_machine(files if config is not None else [], folder, needed, [])
 
 

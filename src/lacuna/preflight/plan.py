@@ -10,14 +10,13 @@ from functools import cache
 from typing import Any
 
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import Config
 from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, Names, advise, fits
 from lacuna.cost.flops import Speed, assumed_speed, flops_of, measured_speed
 from lacuna.cost.known_models import KNOWN_MODELS
 from lacuna.cost.memory import CONTEXT, Step, step_memory, trained_parameters
 from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
-from lacuna.cost.step import adapter_of, flat_of, read_config, shape_of, step_of
+from lacuna.cost.step import adapter_of, read_config, shape_of, step_of
 from lacuna.machine.detect import Device
 from lacuna.preflight.count import Counts, count
 
@@ -82,22 +81,21 @@ class Capacity:
 
 
 def plan_runs(
-    configs: Mapping[str, Config], device: Device, room: int | None, report: Callable[[str], None],
+    configs: Mapping[str, TrainingConfig], device: Device, room: int | None, report: Callable[[str], None],
     speed: Speed | None = None, trace: bool = False,
 ) -> list[RunPlan]:  # fmt: skip
     """A plan for each run of our own trainers; data and models that they share are read once.
 
     room: bytes of the device that a run may take. speed: given by the user.
     """
-    flat = {name: flat_of(config) for name, config in configs.items()}
-    counted = count(flat, report)
+    counted = count(configs, report)
     model_of, speed_of = cache(read_model), cache(measured_speed)
     plans = []
     for name, config in configs.items():
-        base = config.model.base_model if isinstance(config, FinetuneConfig) else None
-        model, said = model_of(flat[name].model_name, flat[name].model_revision, base)
-        shape = said or "" if model is None else shape_of(flat[name].model_name, model)
-        known = speed or speed_of(flat[name].output_dir, flat[name].model_name, device.name)
+        base = config.base_model if isinstance(config, FinetuneConfig) else None
+        model, said = model_of(config.model_name, config.model_revision, base)
+        shape = said or "" if model is None else shape_of(config.model_name, model)
+        known = speed or speed_of(config.run_folder, config.model_name, device.name)
         one = plan_run(name, config, shape, counted[name], Capacity(device, room), known)
         if trace and (one.memory is not None or isinstance(shape, str)):
             one = traced(one, config, device, room, counted[name], model if said else None)
@@ -118,15 +116,14 @@ def read_model(model: str, revision: str | None, base: str | None) -> tuple[dict
     return KNOWN_MODELS[name], f"{config}; planned with the shape that lacuna knows of {whose}"
 
 
-def longest_of(config: Config, counts: Counts | str) -> int | None:
+def longest_of(config: TrainingConfig, counts: Counts | str) -> int | None:
     """Tokens of the longest sample where no row of a forward pass is longer, and it is known."""
-    fills_rows = flat_of(config).packing and not isinstance(config, FinetuneConfig)
-    return None if isinstance(counts, str) or fills_rows else counts.longest
+    return None if isinstance(counts, str) or config.packs_rows else counts.longest
 
 
 def traced(
     one: RunPlan,
-    config: Config,
+    config: TrainingConfig,
     device: Device,
     room: int | None,
     counts: Counts | str,
@@ -138,7 +135,7 @@ def traced(
     from lacuna.preflight.trace import trace_memory
     from lacuna.train.loading import load_model_config
 
-    model_config = AutoConfig.for_model(**known) if known is not None else load_model_config(flat_of(config))
+    model_config = AutoConfig.for_model(**known) if known is not None else load_model_config(config)
     shape = model_shape(model_config.to_dict())
     step = step_of(config, shape, device, longest_of(config, counts))
     trace = trace_memory(model_config, step)
@@ -148,23 +145,28 @@ def traced(
 
 
 def plan_run(
-    name: str, config: Config, shape: ModelShape | str, counts: Counts | str, capacity: Capacity, known: Speed | None
+    name: str,
+    config: TrainingConfig,
+    shape: ModelShape | str,
+    counts: Counts | str,
+    capacity: Capacity,
+    known: Speed | None,
 ) -> RunPlan:
     """known: the speed that the user gave or that runs on the same device have reached; None takes a usual one."""
-    flat, device = flat_of(config), capacity.device
-    facts: dict[str, Any] = {"data": None, "steps": flat.steps, **_tokens(flat, counts)}
+    device = capacity.device
+    facts: dict[str, Any] = {"data": None, "steps": config.steps, **_tokens(config, counts)}
     if not isinstance(counts, str):
         facts |= {"data": vars(counts), "steps": counts.steps}
     named: dict[str, Any] = {
-        "name": name, "trainer": config.model_dump()["trainer"], "model": flat.model_name, "device": device.name,
-        "device_memory": capacity.room, "processes": flat.gpus, "data": facts["data"], "steps": facts["steps"],
+        "name": name, "trainer": config.model_dump()["trainer"], "model": config.model_name, "device": device.name,
+        "device_memory": capacity.room, "processes": config.gpus, "data": facts["data"], "steps": facts["steps"],
         "tokens": facts["tokens"], "not_counted": counts if isinstance(counts, str) else None,
     }  # fmt: skip
     if isinstance(shape, str):
         return RunPlan(**named, notes=[shape])
     adapter = adapter_of(config)
     if adapter is not None and (missing := set(adapter.targets) - set(PROJECTIONS)):
-        return RunPlan(**named, notes=[f"target_modules: {flat.model_name} has no {', '.join(sorted(missing))}"])
+        return RunPlan(**named, notes=[f"target_modules: {config.model_name} has no {', '.join(sorted(missing))}"])
     step = step_of(config, shape, device, longest_of(config, counts))
     trained = trained_parameters(shape, step.adapter)
     memory = step_memory(shape, step)
@@ -173,9 +175,11 @@ def plan_run(
         flops = flops_of(shape, step.adapter).training(facts["tokens"], facts["targets"], facts["pairs"])
     speed = known or assumed_speed(step.adapter, step.checkpointing)
     checkpoint = float(STATE_BYTES * trained)
-    kept = flat.keep_last + flat.keep_best + 1
+    kept = config.keep_last + 1
+    if adapter is None or config.has_validation:
+        kept += config.keep_best
     if facts["steps"] is not None:
-        kept = min(kept, math.ceil(facts["steps"] / flat.save_every))
+        kept = min(kept, math.ceil(facts["steps"] / config.save_every))
     final = 4.0 * trained if step.adapter else float(step.width * trained)
     names: Names = FINETUNE if isinstance(config, FinetuneConfig) else LOOP
     return RunPlan(
@@ -185,26 +189,26 @@ def plan_run(
         memory=memory,
         checkpointing=step.checkpointing,
         fits=None if capacity.room is None else fits(shape, step, capacity.room),
-        host=RUNTIME + max(_loading(shape, step), checkpoint / flat.gpus),
+        host=RUNTIME + max(_loading(shape, step), checkpoint / config.gpus),
         checkpoint=checkpoint,
         disk=kept * checkpoint + final,
         flops=flops,
         speed=speed,
-        seconds=_seconds(speed, flops, facts["tokens"], device, flat.gpus),
+        seconds=_seconds(speed, flops, facts["tokens"], device, config.gpus),
         notes=[FULL_ROWS] if isinstance(counts, str) and facts["tokens"] is not None else [],
-        advice=advise(shape, step, capacity.room, names, math.ceil(flat.batch_size / flat.gpus)),
+        advice=advise(shape, step, capacity.room, names, math.ceil(config.rows_in_step() / config.gpus)),
     )
 
 
-def _tokens(flat: TrainingConfig, counts: Counts | str) -> dict[str, Any]:
+def _tokens(config: TrainingConfig, counts: Counts | str) -> dict[str, Any]:
     """Over all epochs. Where the data are not counted, rows are taken to be full and one document each."""
     if not isinstance(counts, str):
         every = {"tokens": counts.tokens, "targets": counts.targets, "pairs": counts.attention_pairs}
         return {name: int(value * counts.epochs) for name, value in every.items()}
-    if flat.steps is None or not (flat.packing or isinstance(flat, PretrainConfig)):
+    if config.steps is None or not (config.packs_rows or isinstance(config, PretrainConfig)):
         return {"tokens": None, "targets": None, "pairs": None}
-    rows = flat.steps * flat.batch_size
-    length = flat.sequence_length
+    rows = config.steps * config.rows_in_step()
+    length = config.sequence_length
     return {"tokens": rows * length, "targets": rows * length, "pairs": rows * length * (length + 1) // 2}
 
 

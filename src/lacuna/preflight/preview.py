@@ -144,7 +144,7 @@ def preview(config: TrainingConfig, renderer: Renderer, files: Sequence[str], sa
     readings = [training, *(_read(source, config, renderer, found) for source in others if source is not None)]
     parts = [(_part(reading, config, found), reading) for reading in readings if reading is not None]
     dropped = [len(part.documents) - len(part.pieces.used) for part, _ in parts]
-    if config.validation_share is not None and training is not None:
+    if config.validation_share and training is not None:
         undivided = parts[0][0]
         if (divided := found.attempt(lambda: divide(undivided, config))) is not None:
             kept, held_out = divided
@@ -176,8 +176,9 @@ def _read(source: Source, config: TrainingConfig, renderer: Renderer, found: _Co
     if documents is None:
         return None
     total = documents.total + len(broken)
-    found.attempt(lambda: judge_broken(broken, total, source.unreadable_share, found.notes.append))
-    found.attempt(lambda: refuse_unusable(documents, source.dataset, found.notes.append))
+    flag = source.whose.flag("unreadable_share")
+    found.attempt(lambda: judge_broken(broken, total, source.unreadable_share, found.notes.append, flag))
+    found.attempt(lambda: refuse_unusable(documents, source, found.notes.append))
     if not len(documents):
         return None
     return _Reading(source, schema, documents, len(broken), len(documents.empty), documents.unusable)
@@ -206,7 +207,7 @@ def _describe(
     used, lengths = pieces.used, pieces.lengths
     whole = documents.lengths[used] if len(used) else documents.lengths
     can_pack = int(lengths.max()) <= config.sequence_length and not reading.source.streaming
-    rows = (count_rows(lengths, config.sequence_length) if config.packing else len(lengths)) if can_pack else None
+    rows = (count_rows(lengths, config.sequence_length) if config.packs_rows else len(lengths)) if can_pack else None
     tokens = int(lengths.sum())
     unusable: dict[str, list[str]] = {}
     for item in reading.unusable:
@@ -228,7 +229,7 @@ def _describe(
         longest=int(whole.max()),
         histogram=histogram(whole),
         rows=rows,
-        fill=tokens / (rows * config.sequence_length) if rows and config.packing else None,
+        fill=tokens / (rows * config.sequence_length) if rows and config.packs_rows else None,
         samples=[_shown(part, piece, renderer) for piece in spread(len(lengths), samples)],
     )
 

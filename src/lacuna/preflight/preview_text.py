@@ -1,8 +1,8 @@
 """A preview in the terminal: numbers, bars, and samples in which what is learned is green."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby
 
 from rich.bar import Bar
@@ -30,24 +30,15 @@ STYLES = {
 """Of tokens that are (learned, control tokens)."""
 
 
-def look(config: TrainingConfig | FinetuneConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:
+def look(config: TrainingConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:
     """Print a preview of the config's data or of files; whether a run would stop. Raises ModelError: no tokenizer."""
-    if not isinstance(config, FinetuneConfig):
-        return _look(config, files, samples, as_json, str)
-    try:
-        from lacuna.finetune.checks import in_own_words, own_words
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune", error.name or "peft") from error
-    with own_words():
-        return _look(config.as_sft(), files, samples, as_json, in_own_words)
-
-
-def _look(
-    config: TrainingConfig, files: Sequence[str], samples: int, as_json: bool, words: Callable[[str], str]
-) -> bool:
-    renderer = Renderer(load_tokenizer(config))
+    if isinstance(config, FinetuneConfig):
+        try:
+            import lacuna.finetune.checks  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("finetune", error.name or "peft") from error
+    renderer = Renderer(load_tokenizer(config), config.flag("chat_template"))
     found = preview(config, renderer, files, samples)
-    found = replace(found, notes=[*map(words, found.notes)], problems=[*map(words, found.problems)])
     if as_json:
         print(json.dumps(asdict(found)))
     else:

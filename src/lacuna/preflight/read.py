@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import Layer, check, read_layer
-from lacuna.config.trainers import CONFIGS, Config, load_trainer_config, trainer_of
+from lacuna.config.trainers import CONFIGS, load_trainer_config, trainer_of
+from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 from lacuna.experiment.base import Base, load_own
 from lacuna.experiment.design import design
@@ -21,7 +22,7 @@ class Runs:
     environment, recipe and devices. notes: to be said aloud."""
 
     name: str
-    configs: dict[str, Config] = field(default_factory=dict)
+    configs: dict[str, TrainingConfig] = field(default_factory=dict)
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: Base | None = None
     notes: tuple[str, ...] = ()
@@ -65,5 +66,5 @@ def _generated(folder: str, torchtune_python: str | None) -> Runs:
     return Runs(name, recipes={id: layer.values for id, layer in layers.items()}, base=base, notes=base.notes)
 
 
-def _checked(trainer: str, values: Mapping[str, dict[str, Any]]) -> dict[str, Config]:
+def _checked(trainer: str, values: Mapping[str, dict[str, Any]]) -> dict[str, TrainingConfig]:
     return {id: check(CONFIGS[trainer], settings, {}) for id, settings in values.items()}

@@ -59,5 +59,5 @@ def refuse(problems: Sequence[Problem], ids: Collection[str]) -> None:
 
 def refuse_config(config: Path) -> None:
     """The same for one config of lacuna's own trainers."""
-    values = load_trainer_config([str(config)]).model_dump()
+    values = load_trainer_config([str(config)]).written()
     refuse(list(check_run(values["trainer"], str(config), values, 1)), [str(config)])

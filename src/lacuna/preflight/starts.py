@@ -9,27 +9,24 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.shape import model_shape
-from lacuna.cost.step import flat_of
 from lacuna.errors import LacunaError, ModelError
 from lacuna.preflight.check import Check
 
 CONFIG = "config"
 """The name of the checks that are about the config."""
-Config = TrainingConfig | FinetuneConfig
 
 
-def needed_checks(config: Config) -> set[str]:
+def needed_checks(config: TrainingConfig) -> set[str]:
     """Names of the checks that may not fail, nor be skipped."""
-    flat = flat_of(config)
     names = {"Python", "torch", "bf16", "transformers", "accelerate", "output folder", CONFIG}
     if isinstance(config, FinetuneConfig):
-        names |= {"peft", "trl", "datasets"} | ({"bitsandbytes"} if config.training.method == "qlora" else set())
-    if flat.compile is True:
+        names |= {"peft", "trl", "datasets"} | ({"bitsandbytes"} if config.method == "qlora" else set())
+    if config.compile is True:
         names.add("C compiler")
-    return names | ({flat.tracker} if flat.tracker != "none" else set())
+    return names | ({config.tracker} if config.tracker != "none" else set())
 
 
-def start_problems(config: Config, notes: list[str]) -> list[str]:
+def start_problems(config: TrainingConfig, notes: list[str]) -> list[str]:
     """What would stop the run before it loads weights. notes: gets what is only to be said. Imports the trainer."""
     try:
         if isinstance(config, FinetuneConfig):
@@ -51,22 +48,20 @@ def check_start(files: Sequence[str]) -> list[Check]:
 
 
 def _finetune_starts(config: FinetuneConfig, notes: list[str]) -> None:
-    from lacuna.finetune.checks import check_before, in_own_words, own_words
+    from lacuna.finetune.checks import check_before
     from lacuna.finetune.start import BYTES_PER_PARAMETER
     from lacuna.machine.detect import check_gpus
     from lacuna.train.distributed import World
     from lacuna.train.session import together
 
-    flat = config.as_sft()
-    alone = flat.model_copy(update={"gpus": 1})
-    with own_words():
-        found = together(
-            lambda: check_before(config, alone, lambda text: notes.append(in_own_words(text)), World()),
-            lambda: check_gpus(flat.gpus, flat.device) if flat.gpus > 1 else None,
-        )
-        check_weights(flat, notes)
-        shape = model_shape(found[0][1].to_dict())
-        _check_folder(flat, shape.adapter_parameters(config.training.lora_r) if shape else 0, BYTES_PER_PARAMETER)
+    alone = config.model_copy(update={"gpus": 1})
+    found = together(
+        lambda: check_before(alone, notes.append, World()),
+        lambda: check_gpus(config.gpus, config.device) if config.gpus > 1 else None,
+    )
+    check_weights(config, notes)
+    shape = model_shape(found[0][1].to_dict())
+    _check_folder(config, shape.adapter_parameters(config.lora_r) if shape else 0, BYTES_PER_PARAMETER)
 
 
 def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
@@ -85,36 +80,39 @@ def _loop_starts(config: TrainingConfig, notes: list[str]) -> None:
     _check_folder(config, shape.parameters if shape else 0, BYTES_PER_PARAMETER)
 
 
-def check_weights(flat: TrainingConfig, notes: list[str]) -> None:
+def check_weights(config: TrainingConfig, notes: list[str]) -> None:
     """Raises ModelError where a folder has no safetensors, or where they would have to come from a hub out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    place: Any = flat.model_name
-    if flat.initialise == "random":
+    place: Any = config.model_name
+    model = f"{config.spelled('model_name')} {place}"
+    if config.initialise == "random":
         return
     if not Path(place).is_dir():
         try:
-            place = snapshot_download(place, revision=flat.model_revision, local_files_only=True)
+            place = snapshot_download(place, revision=config.model_revision, local_files_only=True)
         except (LocalEntryNotFoundError, ValueError):
             place = None
     if place is not None and any(Path(place).glob("*.safetensors")):
         return
-    if place == flat.model_name:
-        raise ModelError(f"model_name {place}: there are no safetensors in this folder")
+    if place == config.model_name:
+        raise ModelError(f"{model}: there are no safetensors in this folder")
     if os.environ.get("HF_HUB_OFFLINE"):
         raise ModelError(
-            f"model_name {flat.model_name}: its weights were not downloaded before, and the hub is out of reach; where "
-            f"it can be reached: hf download {flat.model_name}"
+            f"{model}: its weights were not downloaded before, and the hub is out of reach; where it can be reached: "
+            f"hf download {config.model_name}"
         )
-    notes.append(f"the weights of {flat.model_name} will be downloaded when the run starts: hf download does it before")
+    notes.append(
+        f"the weights of {config.model_name} will be downloaded when the run starts: hf download does it before"
+    )
 
 
-def _check_folder(flat: TrainingConfig, parameters: int, bytes_each: int) -> None:
+def _check_folder(config: TrainingConfig, parameters: int, bytes_each: int) -> None:
     from lacuna.preflight.storage import nearest_folder
     from lacuna.runs.folder import refuse_foreign_folder
     from lacuna.train.session import check_disk
 
-    folder = Path(flat.output_dir).expanduser()
-    refuse_foreign_folder(folder)
-    check_disk(nearest_folder(folder), parameters, bytes_each)
+    folder = Path(config.run_folder).expanduser()
+    refuse_foreign_folder(folder, type(config))
+    check_disk(config, nearest_folder(folder), parameters, bytes_each)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import check, read_layer
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import CONFIGS
 from lacuna.config.training import TrainingConfig
 from lacuna.config.trees import get
@@ -45,7 +44,7 @@ class Expected:
     """A run as its config says it. own: as our trainers read it; None: torchtune's, which is in values."""
 
     run: GeneratedRun
-    own: TrainingConfig | FinetuneConfig | None
+    own: TrainingConfig | None
     values: Mapping[str, Any]
     processes: int
 
@@ -95,10 +94,6 @@ def _expected(mapping: RunMapping) -> Iterator[Expected]:
         )
 
 
-def _flat(config: TrainingConfig | FinetuneConfig | None, devices: int) -> TrainingConfig | None:
-    return config.as_sft(devices) if isinstance(config, FinetuneConfig) else config
-
-
 def _result(expected: Expected, status: RunStatus) -> tuple[RunResult, set[str]]:
     """A run, and if it has finished, which weights its final folder holds. Raises RunError."""
     result = _unread(expected.run, status)
@@ -111,7 +106,7 @@ def _result(expected: Expected, status: RunStatus) -> tuple[RunResult, set[str]]
     if (foreign := _foreign(expected, folder, devices, result.state)) is not None:
         return replace(result, state=OTHER_SETTINGS, reason=foreign, facts=facts), set()
     curves = _curves(folder)
-    config = _flat(_recorded(expected, folder), devices)
+    config = _recorded(expected, folder)
     result = replace(
         result,
         curves={name: _finite(curve) for name, curve in curves.items()},
@@ -144,7 +139,7 @@ def _unread(run: GeneratedRun, status: RunStatus) -> RunResult:
     )
 
 
-def _recorded(expected: Expected, folder: Path) -> TrainingConfig | FinetuneConfig | None:
+def _recorded(expected: Expected, folder: Path) -> TrainingConfig | None:
     """The config that the run was started with, where it has come to writing it down."""
     if expected.own is None or not (folder / "config.toml").is_file():
         return expected.own
@@ -218,7 +213,7 @@ def _budget(
         "steps": steps,
         "tokens": curves["tokens"][-1][1] if "tokens" in curves else None,
         "targets": sum(value for _, value in targets) if len(targets) == steps else None,
-        **(_layout(expected, config) if config is not None else _torchtune_layout(expected.values, devices)),
+        **(_layout(config, devices) if config is not None else _torchtune_layout(expected.values, devices)),
         "parameters": facts.get("trained_parameters"),
         "seconds": status.get("seconds"),
         "devices": devices,
@@ -229,9 +224,8 @@ def _budget(
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _layout(expected: Expected, config: TrainingConfig) -> dict[str, Any]:
-    packing = expected.own.training.packing if isinstance(expected.own, FinetuneConfig) else config.packing
-    return {"batch_size": config.batch_size, "packing": packing, "epochs": config.epochs}
+def _layout(config: TrainingConfig, devices: int) -> dict[str, Any]:
+    return {"batch_size": config.rows_in_step(devices), "packing": config.packing, "epochs": config.whole_epochs}
 
 
 def _torchtune_layout(values: Mapping[str, Any], devices: int) -> dict[str, Any]:

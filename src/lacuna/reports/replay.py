@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import read_layer
-from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.trainers import CONFIGS, load_trainer_config
+from lacuna.config.trainers import CONFIGS, load_trainer_config, top_keys
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.data.hub import stay_offline_if_unreachable
 from lacuna.errors import LacunaError, RunError
@@ -91,8 +90,8 @@ def _as_given(kept: Path, content: bytes, start: Mapping[str, Any]) -> tuple[byt
     if start["experiment"] is None or len(start["config_files"]) != 1:
         return content, kept.name, []
     values = read_layer(kept).values
-    fields = CONFIGS[values["trainer"]].model_fields
-    in_order = {"trainer": values["trainer"], **{name: values[name] for name in fields if name in values}}
+    keys = top_keys(CONFIGS[values["trainer"]])
+    in_order = {"trainer": values["trainer"], **{name: values[name] for name in keys if name in values}}
     generated = dump_yaml(in_order).encode()
     (given,) = start["config_files"]
     name = Path(given["path"]).name
@@ -109,16 +108,15 @@ def _facts_now(config: Path, start: Mapping[str, Any]) -> dict[str, Any]:
         around = software() | torchtune_software(os.path.expanduser(start["command"][0]))
         return {**around, **hardware(device, 1, None), **torchtune_inputs(values)}
     loaded = load_trainer_config([str(config)])
-    flat = loaded.as_sft() if isinstance(loaded, FinetuneConfig) else loaded
-    stay_offline_if_unreachable(flat)
-    template = given_template(flat)
+    stay_offline_if_unreachable(loaded)
+    template = given_template(loaded)
     return {
         **software(),
         **hardware(device_like(start["device"]), 1, None),
-        **data_facts(flat),
-        **tokenizer_facts(flat, os.path.expanduser(start["tokenizer"])),
+        **data_facts(loaded),
+        **tokenizer_facts(loaded, os.path.expanduser(start["tokenizer"])),
         **({"chat_template_sha256": template} if template is not None else {}),
-        **model_facts(flat),
+        **model_facts(loaded),
     }
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import tomli_w
-from pydantic import BaseModel
 
+from lacuna.config.training import TrainingConfig
 from lacuna.errors import RunError
 from lacuna.files import write_json, write_whole
 
@@ -44,24 +44,25 @@ def patience(environment: Mapping[str, str]) -> float:
 
 
 @contextmanager
-def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
+def locked(folder: Path, seconds: float | None = None, whose: type[TrainingConfig] = TrainingConfig) -> Iterator[None]:
     """Hold the run folder; the lock goes with the process, however that ends.
 
+    whose: the kind of config, by whose spelling messages name settings.
     Raises RunError if another still holds it after so many seconds; `patience` says how many where none are given.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (folder / ".lock").open("a+")
     except OSError as error:
-        raise RunError(f"output_dir {folder}: cannot be written: {error.strerror}") from error
+        raise RunError(f"{whose.spelled('output_dir')} {folder}: cannot be written: {error.strerror}") from error
     with lock:
         end = time.monotonic() + (patience(os.environ) if seconds is None else seconds)
         while not _try_lock(lock, fcntl.LOCK_EX):
             if time.monotonic() > end:
                 lock.seek(0)
                 raise RunError(
-                    f"output_dir {folder} is being trained by process {lock.read().strip() or '(unknown)'}: wait for "
-                    "it, or choose another --output-dir"
+                    f"{whose.spelled('output_dir')} {folder} is being trained by process "
+                    f"{lock.read().strip() or '(unknown)'}: wait for it, or choose another {whose.flag('output_dir')}"
                 )
             time.sleep(0.1)
         lock.seek(0)
@@ -90,20 +91,21 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def refuse_foreign_folder(folder: Path) -> None:
+def refuse_foreign_folder(folder: Path, whose: type[TrainingConfig] = TrainingConfig) -> None:
     """Raise RunError where the folder holds something that is not a run: nothing of it may be mixed up or lost."""
+    where = f"{whose.spelled('output_dir')} {folder}"
     if not folder.exists() or (folder / "status.json").exists():
         return
     if (folder / "provenance.json").exists() and (folder / "config.toml").exists():  # a run that has lost its status
         return
     if not folder.is_dir():
-        raise RunError(f"output_dir {folder} is a file")
+        raise RunError(f"{where} is a file")
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not name.startswith(".") and name != OUTPUT_LOG]
     if foreign:
         raise RunError(
-            f"output_dir {folder} is not empty and not a run folder (it holds {', '.join(foreign[:5])}): "
-            "choose another --output-dir"
+            f"{where} is not empty and not a run folder (it holds {', '.join(foreign[:5])}): "
+            f"choose another {whose.flag('output_dir')}"
         )
 
 
@@ -120,9 +122,9 @@ def name_aside(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def write_config(folder: Path, config: BaseModel) -> str:
+def write_config(folder: Path, config: TrainingConfig) -> str:
     """config.toml; returns its SHA-256."""
-    text = tomli_w.dumps(config.model_dump(exclude_none=True))
+    text = tomli_w.dumps(config.written(exclude_none=True))
     write_whole(folder / "config.toml", text)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lacuna.config.files import check, field_at, merge_layers, read_layer, setting_paths
-from lacuna.config.finetune import FinetuneConfig
-from lacuna.config.names import find_path
+from lacuna.config.names import find_path, output_path
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import ConfigError
 from lacuna.runs.folder import starts_of
 from lacuna.runs.metrics import read_metrics
 
-Config = TypeVar("Config", bound=TrainingConfig | FinetuneConfig)
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def has_run(folder: Path) -> bool:
@@ -26,9 +25,7 @@ def recorded(folder: Path, kind: type[Config]) -> Config:
     return check(kind, *merge_layers([read_layer(folder / "config.toml")], []))
 
 
-def difference(
-    folder: Path, config: TrainingConfig | FinetuneConfig, processes: int, varied: Iterable[str] = ()
-) -> str | None:
+def difference(folder: Path, config: TrainingConfig, processes: int, varied: Iterable[str] = ()) -> str | None:
     """What makes the folder's run another one than the config's; None where it is the same.
 
     processes: that the config's run has. varied: names that an experiment varies: its runs are told apart by them, so
@@ -41,7 +38,7 @@ def difference(
             f"{folder / 'config.toml'}: names no trainer: it is damaged; restore it, or choose another folder"
         )
     if found != trainer:
-        return f"output_dir {folder} holds a {found} run"
+        return f"{output_path(trainer)} {folder} holds a {found} run"
     before = recorded(folder, type(config)).settings((starts_of(folder) or [{}])[-1].get("devices") or 1)
     fixed = {leaf for name in varied for leaf in _settings_under(find_path(name, trainer, {})[0], before)}
     different = changes(before, config.settings(processes), config.may_change - fixed)
@@ -52,7 +49,7 @@ def _settings_under(path: str, settings: Iterable[str]) -> list[str]:
     return [name for name in settings if name == path or name.startswith(f"{path}.")]
 
 
-def with_defaults(kind: type[TrainingConfig | FinetuneConfig], before: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(kind: type[TrainingConfig], before: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its settings, and of those that its version of lacuna did not have their defaults."""
     return {**{path: field_at(kind, path).default for path in setting_paths(kind)}, **before}
 

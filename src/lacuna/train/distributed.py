@@ -140,11 +140,14 @@ def check_world(config: TrainingConfig, world: World, device: str) -> None:
     if config.gpus not in (1, world.local_size):
         problems.append(f"gpus = {config.gpus}, but {world.local_size} processes were started here: make them agree")
     if world.size > 1 and device == "mps":
-        problems.append("device 'mps': there is one GPU, for one process: say --gpus 1, or --device cpu")
+        problems.append(
+            f"device 'mps': there is one GPU, for one process: say {config.flag('gpus')} 1, or --device cpu"
+        )
     if device == "cuda" and world.local_size > torch.cuda.device_count():
         problems.append(f"{world.local_size} processes were started, but there are {torch.cuda.device_count()} GPUs")
-    if config.batch_size < world.size:
-        problems.append(f"batch_size {config.batch_size} leaves some of {world.size} processes without a row: raise it")
+    if (rows := config.rows_in_step(world.size)) < world.size:
+        batch = f"{config.spelled('batch_size')} {rows}"
+        problems.append(f"{batch} leaves some of {world.size} processes without a row: raise it")
     if config.sharding == "hybrid" and world.size == world.local_size:
         problems.append("sharding 'hybrid' repeats a node's shards on other nodes, and there are none: say 'full'")
     if problems:

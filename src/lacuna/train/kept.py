@@ -77,10 +77,10 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_whole(folder: Path, warn: Callable[[str], None], flag: str = "--output-dir") -> Path | None:
     """The newest undamaged checkpoint; damaged ones are put aside under another name, with a warning each.
 
-    Raises RunError where there are checkpoints but all are damaged.
+    flag: by which the user chooses another run folder. Raises RunError where there are checkpoints but all are damaged.
     """
     candidates: Sequence[Path] = sorted(folder.glob("step-*"), reverse=True)
     put_aside: list[Path] = []
@@ -93,7 +93,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
         warn(f"{candidate} is damaged ({reason}); trying the checkpoint before it")
         put_aside.append(candidate)
     if candidates:
-        raise RunError(f"{folder}: every checkpoint is damaged: start again with another --output-dir")
+        raise RunError(f"{folder}: every checkpoint is damaged: start again with another {flag}")
     return None
 
 

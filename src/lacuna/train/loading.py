@@ -49,7 +49,7 @@ def load_tokenizer(config: TrainingConfig) -> PreTrainedTokenizerBase:
         try:
             tokenizer.chat_template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"chat_template {config.chat_template}: {error.strerror}") from error
+            raise ConfigError(f"{config.spelled('chat_template')} {config.chat_template}: {error.strerror}") from error
     return tokenizer
 
 
@@ -63,8 +63,8 @@ def load_model_config(config: TrainingConfig) -> Any:
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise ModelError(
-            f"sequence_length {config.sequence_length} is more than the {longest} positions of {config.model_name}: "
-            f"pass --sequence-length {longest} or less"
+            f"{config.spelled('sequence_length')} {config.sequence_length} is more than the {longest} positions of "
+            f"{config.model_name}: pass {config.flag('sequence_length')} {longest} or less"
         )
     return model_config
 
@@ -80,34 +80,38 @@ def _check_model_name(config: TrainingConfig) -> None:
     if looks_like_path and not is_folder:
         name = Path(config.model_name).name
         raise ModelError(
-            f"model_name {config.model_name}: no such folder; to download a model into it: "
+            f"{config.spelled('model_name')} {config.model_name}: no such folder; to download a model into it: "
             f"hf download OWNER/{name} --local-dir {config.model_name}"
         )
     if (Path(config.model_name) / "adapter_config.json").is_file():
         raise ModelError(
-            f"model_name {config.model_name}: this is an adapter, no model: take its base, or `lacuna merge` both"
+            f"{config.spelled('model_name')} {config.model_name}: this is an adapter, no model: take its base, or "
+            "`lacuna merge` both"
         )
     if is_folder and config.model_revision is not None:
-        raise ModelError(f"model_revision is for hub models, but {config.model_name} is a folder")
+        revision = config.spelled("model_revision")
+        raise ModelError(f"{revision} is for hub models, but {config.model_name} is a folder")
 
 
 def _cannot_load(config: TrainingConfig, what: str, error: Exception) -> ModelError:
     """The same words for the tokenizer, the config and the weights where the hub has no such model at all."""
     name, cause = config.model_name, error.__cause__
+    model, revision = f"{config.spelled('model_name')} {name}", config.spelled("model_revision")
     if isinstance(cause, GatedRepoError):
-        return ModelError(f"model_name {name}: accept its terms on its hub page, then log in with `hf auth login`")
+        return ModelError(f"{model}: accept its terms on its hub page, then log in with `hf auth login`")
     if isinstance(cause, RepositoryNotFoundError):
-        return ModelError(f"model_name {name}: no such folder or hub model; a private one needs `hf auth login`")
+        return ModelError(f"{model}: no such folder or hub model; a private one needs `hf auth login`")
     if isinstance(cause, RevisionNotFoundError):
-        return ModelError(f"model_revision {config.model_revision}: no such commit, tag or branch of {name}")
+        return ModelError(f"{revision} {config.model_revision}: no such commit, tag or branch of {name}")
     if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return ModelError(
-            f"model_name {name}: no such folder, not downloaded before, and the hub is out of reach; where it can be "
+            f"{model}: no such folder, not downloaded before, and the hub is out of reach; where it can be "
             f"reached: hf download {name}"
         )
     said = str(error).strip().splitlines() or [type(error).__name__]
     if "scaled_dot_product_attention" in said[0]:
-        return ModelError(f"{name}: transformers has no sdpa attention for this model: pass --attention eager")
+        flag = config.flag("attention")
+        return ModelError(f"{name}: transformers has no sdpa attention for this model: pass {flag} eager")
     return ModelError(f"{name}: {what}: {said[0]}")
 
 

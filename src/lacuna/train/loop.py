@@ -84,7 +84,7 @@ def train_steps(
     regular = regular_saves(config.save_every, total_steps)
     checkpoints = folder / "checkpoints"
     writer = CheckpointWriter(checkpoints, config.keep_last, config.keep_best, regular, world.groups[1])
-    made_of = (prepared.fingerprint, config.model_dump(), prepared.identity)
+    made_of = (prepared.fingerprint, config.written(), prepared.identity)
     state = TrainingState(0, {}, 0, None, str(execution.dtype), *made_of)
     if prepared.resume_from is not None:
         state = replace(restore(prepared.resume_from, model.causal_lm, optimizer), identity=prepared.identity)
@@ -255,8 +255,8 @@ def raise_non_finite(
     mine = (
         f"step {step}: {what} in micro-batch {(bad or 0) + 1} of {len(micro_batches)}, whose first row begins "
         f"{start!r} (the batch ends at {batch.position}). The optimizer has not moved and the checkpoints before are "
-        f"untouched: look at these rows, lower learning_rate (now {config.learning_rate:g}) or lengthen the warmup, "
-        "and start in another --output-dir"
+        f"untouched: look at these rows, lower {config.spelled('learning_rate')} (now {config.learning_rate:g}) or "
+        f"lengthen the warmup, and start in another {config.flag('output_dir')}"
     )
     found = prepared.world.gather((bad is None, mine))
     raise NonFiniteLossError(min(found)[1], is_shared=True)

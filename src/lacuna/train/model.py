@@ -57,7 +57,7 @@ def resolve_execution(config: TrainingConfig, device: Device, report: Callable[[
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else True
     wanted = {"auto": "bf16" if device.type != "cpu" and has_bf16 else "fp32"}.get(config.precision, config.precision)
     if wanted == "bf16" and not has_bf16:
-        raise ConfigError(f"precision 'bf16': {device.name} has no bf16; choose --precision fp32")
+        raise ConfigError(f"precision 'bf16': {device.name} has no bf16; choose {config.flag('precision')} fp32")
     dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
     has_flash = flash_attention_works(device)
     attention = config.attention
@@ -145,7 +145,7 @@ class LossModel(nn.Module):
 
 
 @torch.no_grad()
-def prove_loss(causal_lm: PreTrainedModel, flatten_rows: bool, packing: bool) -> bool:
+def prove_loss(causal_lm: PreTrainedModel, flatten_rows: bool, packing: bool, flag: str = "--packing") -> bool:
     """Try on tiny documents what the loss relies on, in fp32 where the attention can.
 
     Returns whether the head is a plain matrix product, also for hidden states as large as trained ones, so that the
@@ -176,7 +176,7 @@ def prove_loss(causal_lm: PreTrainedModel, flatten_rows: bool, packing: bool) ->
     if packing and leak > tolerance:
         raise ModelError(
             f"{type(causal_lm).__name__} lets packed documents see each other (the logits of one change by {leak:.1e} "
-            "with the one before it): this architecture needs --packing false"
+            f"with the one before it): this architecture needs {flag} false"
         )
     head: Any = causal_lm.get_output_embeddings()
     product = (hidden.float() @ head.weight.float().T - logits).abs().max() / logits.abs().max()

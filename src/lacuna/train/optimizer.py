@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lacuna.config.training import TrainingConfig
+from lacuna.config.training import WARMUP_SHARE, TrainingConfig
 from lacuna.errors import ConfigError
 
 
@@ -27,24 +27,26 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
-def count_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a run over so many rows; a last batch of all epochs may be a short one."""
-    return config.steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+def count_steps(config: TrainingConfig, rows: int, devices: int | None = None) -> int:
+    """Optimizer steps of a run over so many rows; a last batch of all epochs may be short. devices: if not gpus."""
+    return config.steps or math.ceil((config.epochs or 1) * rows / config.rows_in_step(devices))
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
     """Steps of linear warmup, from whichever setting gives them."""
     if config.warmup_steps is not None:
         return config.warmup_steps
-    return round((config.warmup_share or 0.0) * total_steps)
+    share = WARMUP_SHARE if config.warmup_share is None else config.warmup_share
+    return round(share * total_steps)
 
 
 def check_warmup(config: TrainingConfig, total_steps: int) -> None:
     """Raise ConfigError where the run ends before its warmup."""
     if warmup_steps(config, total_steps) >= total_steps:
+        given = "warmup_share" if config.warmup_steps is None else "warmup_steps"
         raise ConfigError(
             f"warmup takes {warmup_steps(config, total_steps)} of {total_steps} steps, so the learning rate would "
-            f"never reach its peak: lower --warmup-{'share' if config.warmup_steps is None else 'steps'}"
+            f"never reach its peak: lower {config.flag(given)}"
         )
 
 

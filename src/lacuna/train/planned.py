@@ -9,7 +9,7 @@ from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, describe, savings
 from lacuna.cost.memory import Step, step_memory
 from lacuna.cost.shape import model_shape
-from lacuna.cost.step import flat_of, read_shape, step_of
+from lacuna.cost.step import read_shape, step_of
 from lacuna.errors import LacunaError
 from lacuna.machine.detect import Device, choose_device
 from lacuna.train.model import Execution
@@ -17,16 +17,15 @@ from lacuna.words import GIB
 
 
 def planned_step(
-    config: TrainingConfig | FinetuneConfig, model_config: Any, execution: Execution, processes: int, longest: int
+    config: TrainingConfig, model_config: Any, execution: Execution, processes: int, longest: int
 ) -> tuple[Step, dict[str, float]]:
     """The step, with activation checkpointing settled, and the bytes that it takes; none for a model of another kind.
 
     processes: that share the weights. longest: tokens of the longest sample.
     """
     shape = model_shape(model_config.to_dict())
-    rows_alone = isinstance(config, FinetuneConfig) or not config.packing
-    shared = config.model_copy(update={"gpus": processes})
-    step = step_of(shared, shape, execution.device, longest if rows_alone else None, execution.attention)
+    longest_row = None if config.packs_rows else longest
+    step = step_of(config, shape, execution.device, longest_row, execution.attention, processes)
     return step, step_memory(shape, step) if shape is not None else {}
 
 
@@ -50,14 +49,13 @@ def predicted_and_measured(predicted: dict[str, float], execution: Execution) ->
     return f"peak memory of tensors: {expected:.2f} GiB predicted, {tensors:.2f} measured ({held:.2f} held by torch)"
 
 
-def after_out_of_memory(config: TrainingConfig | FinetuneConfig) -> str:
+def after_out_of_memory(config: TrainingConfig) -> str:
     """What the step was planned at, and what each smaller setting would take."""
     is_adapter = isinstance(config, FinetuneConfig)
     names = FINETUNE if is_adapter else LOOP
-    flat = flat_of(config)
     try:
-        shape = read_shape(flat.model_name, flat.model_revision)
-        device = choose_device(flat.device)
+        shape = read_shape(config.model_name, config.model_revision)
+        device = choose_device(config.device)
     except LacunaError:
         return f"out of memory: lower {names.rows} ({names.same_batch}), or set {names.checkpointing}"
     if isinstance(shape, str):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.data.loader import PackedRows
 from lacuna.runs.folder import write_config
@@ -27,7 +26,7 @@ from lacuna.train.loop import Prepared
 
 
 def record_start(
-    config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, prepared: Prepared, command: Sequence[str],
+    config: TrainingConfig, prepared: Prepared, command: Sequence[str],
     given: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """By the first process, once the data are read. given: see config_facts; they were hashed when they were read."""
@@ -38,46 +37,46 @@ def record_start(
         "trainer": config.model_dump()["trainer"],
         **given,
         "config_sha256": write_config(prepared.folder, config),
-        **data_facts(flat),
+        **data_facts(config),
         "data_sha256": prepared.fingerprint,
         "data_preparation": prepared.identity["data preparation"]["version"],
-        **tokenizer_facts(flat, tokenizer.name_or_path),
+        **tokenizer_facts(config, tokenizer.name_or_path),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
         "template_date": prepared.renderer.today.isoformat() if prepared.renderer.writes_the_date else None,
         **hardware(execution.device, prepared.world.size, torch.version.cuda),
         "precision": str(execution.dtype).removeprefix("torch."),
         "attention": execution.attention,
         "compile": execution.compile,
-        "seed": flat.seed,
+        "seed": config.seed,
         "total_steps": prepared.total_steps,
         "slurm": slurm_facts(os.environ),
-        "resume": flat.resume,
+        "resume": config.resume,
         "from_step": 0 if prepared.resume_from is None else step_of(prepared.resume_from),
     }
     write_provenance(prepared.folder, command, facts)
 
 
 def identity_now(
-    flat: TrainingConfig, preparation: str, tokenizer: Any, validation_rows: PackedRows | None
+    config: TrainingConfig, preparation: str, tokenizer: Any, validation_rows: PackedRows | None
 ) -> Identity:
     """Of what the run is made, as it is on the disk; the commit of a hub model is known once that was loaded."""
-    is_streamed = isinstance(flat, PretrainConfig) and flat.streaming
+    is_streamed = isinstance(config, PretrainConfig) and config.streaming
     facts = {
-        **(data_facts(flat) if is_streamed else {}),
-        **tokenizer_facts(flat, tokenizer.name_or_path),
-        **model_facts(flat),
+        **(data_facts(config) if is_streamed else {}),
+        **tokenizer_facts(config, tokenizer.name_or_path),
+        **model_facts(config),
         "chat_template_sha256": template_sha256(tokenizer.chat_template),
         "data_preparation": preparation,
     }
     return identity_of(facts, None if validation_rows is None else validation_rows.fingerprint())
 
 
-def record_model(flat: TrainingConfig, prepared: Prepared, model: nn.Module, checkpointing: bool) -> None:
+def record_model(config: TrainingConfig, prepared: Prepared, model: nn.Module, checkpointing: bool) -> None:
     """By the first process, once the model is there."""
     if not prepared.world.is_first:
         return
     facts = {
-        **model_facts(flat),
+        **model_facts(config),
         "parameters": sum(_sizes(model)),
         "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "activation_checkpointing": checkpointing,

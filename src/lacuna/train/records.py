@@ -37,7 +37,7 @@ def open_records(
     if not world.is_first:
         return Records(None, None)
     log = open_log(folder, resume_from, state, console)
-    track = open_tracker(config, folder, state.step, config.model_dump())
+    track = open_tracker(config, folder, state.step, config.written())
     return Records(stack.enter_context(log), stack.enter_context(track))
 
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.split import PREPARATION
@@ -29,7 +28,6 @@ from lacuna.train.distributed import World
 from lacuna.train.kept import damage, free_name, newest_whole
 from lacuna.train.signals import StopRequest
 
-OTHER_FOLDER = "give the same settings to go on with it, or choose another --output-dir for a new run"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -39,8 +37,7 @@ LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \
 
 
 def supervise(
-    config: TrainingConfig | FinetuneConfig,
-    flat: TrainingConfig,
+    config: TrainingConfig,
     resume_with: str,
     out_of_memory: Callable[[], str],
     work: Callable[[Path, Console, StopRequest], None],
@@ -49,25 +46,24 @@ def supervise(
 ) -> None:
     """Do the work in the run folder, unless that is done; status.json tells how it ended.
 
-    again: put a finished run aside and train anew. flat: config in the names of our own loop. resume_with: the command
-    that goes on with the run. world: the processes that train together; all but the first are silent, and write
-    nothing but why they failed.
+    again: put a finished run aside and train anew. resume_with: the command that goes on with the run. world: the
+    processes that train together; all but the first are silent, and write nothing but why they failed.
     Raises LacunaError for what the user can mend, Interrupted after a signal.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not world.is_first)
-    folder = Path(flat.output_dir).expanduser()
+    folder = Path(config.output_dir).expanduser()
     with StopRequest() as stop, ExitStack() as held:
 
         def enter() -> bool:
-            refuse_foreign_folder(folder)
+            refuse_foreign_folder(folder, type(config))
             if again and (read_status(folder) or {}).get("state") == "finished":
-                with locked(folder):
+                with locked(folder, whose=type(config)):
                     console.print(f"the finished run is kept: {put_aside(folder)}")
-            held.enter_context(locked(folder))
-            if is_finished := _is_finished(folder, config, flat, world.size, console.print):
+            held.enter_context(locked(folder, whose=type(config)))
+            if is_finished := _is_finished(folder, config, world.size, console.print):
                 if (read_status(folder) or {}).get("state") != "finished":
                     write_status(folder, "finished", **_last_step(folder))
-                refuse_other_inputs(folder)
+                refuse_other_inputs(folder, config)
                 console.print(f"already finished: {folder / 'final'}")
             else:
                 _refuse_hopeless_restart(folder)
@@ -88,7 +84,8 @@ def supervise(
                 raise Interrupted(stop.signal_number or 0, f"stopped; go on with: {resume_with}") from None
             if isinstance(error, OSError) and is_of_folder(error, folder):
                 todo = "make room" if error.errno in FULL else "mend that"
-                problem = f"output_dir {folder}: {error}; the checkpoints are whole: {todo}, then go on with: "
+                where = f"{config.spelled('output_dir')} {folder}"
+                problem = f"{where}: {error}; the checkpoints are whole: {todo}, then go on with: "
                 error = RunError(problem + resume_with)
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())
@@ -108,15 +105,12 @@ def is_of_folder(error: OSError, folder: Path) -> bool:
     return error.errno in DISK_ERRORS or any(path.absolute().is_relative_to(folder.absolute()) for path in named)
 
 
-def refuse_other_inputs(folder: Path, directory: Path = Path()) -> None:
-    """Raise OtherInputsError where a finished run's files hold something else now than when its weights were made.
-
-    directory: from which the run's relative paths are.
-    """
-    if changed := changed_inputs((starts_of(folder) or [{}])[-1], directory):
+def refuse_other_inputs(folder: Path, config: TrainingConfig) -> None:
+    """Raise OtherInputsError where a finished run's files hold something else now than when its weights were made."""
+    if changed := changed_inputs((starts_of(folder) or [{}])[-1]):
         raise OtherInputsError(
             f"{folder} is finished, but was made of something else: {', '.join(changed)} changed since; --again trains "
-            "anew and keeps the old folder beside it, or choose another --output-dir"
+            f"anew and keeps the old folder beside it, or choose another {config.flag('output_dir')}"
         )
 
 
@@ -156,24 +150,22 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def _is_finished(
-    folder: Path, config: TrainingConfig | FinetuneConfig, flat: TrainingConfig, processes: int,
+    folder: Path, config: TrainingConfig, processes: int,
     report: Callable[[str], None],
 ) -> bool:  # fmt: skip
     """Whether the folder's run is finished. Raises RunError where the folder holds a run with other settings, or final
     weights without the config that they were trained by."""
+    where, flag = f"{config.spelled('output_dir')} {folder}", config.flag("output_dir")
     if (folder / "final").is_dir() and not (folder / "config.toml").exists():
-        raise RunError(
-            f"output_dir {folder} holds a finished run without its config.toml: restore that, or choose another "
-            "--output-dir"
-        )
+        raise RunError(f"{where} holds a finished run without its config.toml: restore that, or choose another {flag}")
     if (folder / "config.yaml").exists():
-        raise RunError(f"output_dir {folder} holds a torchtune run: choose another --output-dir")
+        raise RunError(f"{where} holds a torchtune run: choose another {flag}")
     if not has_run(folder):
         return False
-    if resume_now(flat, folder) == "never":
-        raise RunError(f"output_dir {folder} holds a run already, and resume is 'never': choose another --output-dir")
+    if resume_now(config, folder) == "never":
+        raise RunError(f"{where} holds a run already, and resume is 'never': choose another {flag}")
     if (other := difference(folder, config, processes)) is not None:
-        raise RunError(f"{other}: {OTHER_FOLDER}")
+        raise RunError(f"{other}: {_other_folder(flag)}")
     if (folder / "final").is_dir() and (damage := damage_of_final(folder)) is not None:
         _put_final_aside(folder, damage, report)
     return (folder / "final").is_dir()
@@ -191,43 +183,42 @@ def _put_final_aside(folder: Path, damage: str, report: Callable[[str], None]) -
     report(f"warning: {final} is damaged ({damage}): it is made again from the last checkpoint")
 
 
-def refuse_other_settings(before: dict[str, Any], now: dict[str, Any], may_change: Iterable[str], whose: str) -> None:
-    """Raise RunError that lists every setting that would make the resumed run another one."""
-    if different := changes(before, now, may_change):
-        raise RunError(f"{whose} has other settings ({different}): {OTHER_FOLDER}")
+def _other_folder(flag: str) -> str:
+    return f"give the same settings to go on with it, or choose another {flag} for a new run"
 
 
-def resume_now(flat: TrainingConfig, folder: Path) -> str:
+def resume_now(config: TrainingConfig, folder: Path) -> str:
     """The setting `resume`, or auto where the folder's run began with it already and is to go on: a checkpoint to
     begin from holds for the first start, and so does never, if this one is a restart and no new command."""
-    began = any(start.get("resume") == flat.resume for start in starts_of(folder))
+    began = any(start.get("resume") == config.resume for start in starts_of(folder))
     is_restart = any(int(os.environ.get(name, 0)) for name in RESTARTS)
-    return "auto" if began and (flat.resume != "never" or is_restart) else flat.resume
+    return "auto" if began and (config.resume != "never" or is_restart) else config.resume
 
 
-def preparation_now(flat: TrainingConfig, folder: Path) -> str:
+def preparation_now(config: TrainingConfig, folder: Path) -> str:
     """The version by which the data are prepared: a run goes on as it was begun."""
-    return preparation_of(folder, resume_now(flat, folder)) or PREPARATION
+    return preparation_of(folder, resume_now(config, folder)) or PREPARATION
 
 
-def renderer_now(flat: TrainingConfig, folder: Path, tokenizer: Any, report: Callable[[str], None]) -> Renderer:
+def renderer_now(config: TrainingConfig, folder: Path, tokenizer: Any, report: Callable[[str], None]) -> Renderer:
     """Of a run, which keeps the day of its first start: a template that writes the date would else make other rows of
     the same data tomorrow."""
-    renderer = Renderer(tokenizer, first_day_of(folder, resume_now(flat, folder)))
+    renderer = Renderer(tokenizer, config.flag("chat_template"), first_day_of(folder, resume_now(config, folder)))
     if renderer.writes_the_date:
         report(f"the chat template writes the date: {renderer.today} in all of this run")
     return renderer
 
 
-def check_resume_path(flat: TrainingConfig) -> None:
+def check_resume_path(config: TrainingConfig) -> None:
     """Raises RunError where the checkpoint to resume from is not there."""
-    if flat.resume not in ("auto", "never") and not (Path(flat.resume) / "manifest.json").is_file():
-        raise RunError(f"resume {flat.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)")
+    if config.resume not in ("auto", "never") and not (Path(config.resume) / "manifest.json").is_file():
+        raise RunError(
+            f"resume {config.resume}: there is no checkpoint (a folder such as RUN/checkpoints/step-00000500)"
+        )
 
 
 def find_checkpoint(
-    config: TrainingConfig | FinetuneConfig,
-    flat: TrainingConfig,
+    config: TrainingConfig,
     folder: Path,
     settings: dict[str, Any],
     fingerprint: str,
@@ -239,11 +230,14 @@ def find_checkpoint(
 
     fingerprint: of the training rows. identity: of what else the run is made.
     """
-    resume = resume_now(flat, folder)
+    resume = resume_now(config, folder)
     if resume == "never":
         return None
+    flag = config.flag("output_dir")
     if resume == "auto":
-        found = newest_whole(folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"))
+        found = newest_whole(
+            folder / "checkpoints", lambda text: console.print(f"warning: {text}", style="yellow"), flag
+        )
     else:
         found = Path(resume)
         if (reason := damage(found)) is not None:
@@ -251,7 +245,7 @@ def find_checkpoint(
         newer = [path for path in folder.glob("checkpoints/step-*") if path.name > found.name]
         if newer:
             raise RunError(
-                f"resume {found}: {folder} already holds {newer[0].name}, which is newer: choose another --output-dir"
+                f"resume {found}: {folder} already holds {newer[0].name}, which is newer: choose another {flag}"
             )
     if found is None:
         return None
@@ -259,7 +253,8 @@ def find_checkpoint(
     if (trainer := state.config.get("trainer")) != settings["trainer"]:
         raise RunError(f"{found} is a checkpoint of a {trainer} run, this is {settings['trainer']}")
     before = with_defaults(type(config), state.config)
-    refuse_other_settings(before, settings, config.may_change, f"the checkpoint {found}")
+    if other := changes(before, settings, config.may_change):
+        raise RunError(f"the checkpoint {found} has other settings ({other}): {_other_folder(flag)}")
     different = differences(state.identity, identity)
     if state.data != fingerprint:
         files = changed_inputs((starts_of(folder) or [{}])[-1])
@@ -267,20 +262,21 @@ def find_checkpoint(
         different.insert(0, f"training data: other rows than it was trained on{which}")
     if different:
         problems = [f"{found} was made of something else: {what}" for what in different]
-        raise RunError([*problems, "restore what has changed to resume, or choose another --output-dir for a new run"])
+        raise RunError([*problems, f"restore what has changed to resume, or choose another {flag} for a new run"])
     if state.precision != precision:
-        raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set --precision")
+        wanted = config.flag("precision")
+        raise RunError(f"{found} was trained in {state.precision}, this would be {precision}: set {wanted}")
     return found
 
 
-def check_disk(folder: Path, parameters: int, bytes_each: int) -> None:
+def check_disk(config: TrainingConfig, folder: Path, parameters: int, bytes_each: int) -> None:
     """Raise RunError where not even one checkpoint and the final folder would fit."""
     needed = parameters * bytes_each
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
-            f"output_dir {folder}: one checkpoint and the final model take {needed / 2**30:.2f} GiB, but only "
-            f"{free / 2**30:.2f} GiB are free on that disk"
+            f"{config.spelled('output_dir')} {folder}: one checkpoint and the final model take "
+            f"{needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are free on that disk"
         )
 
 

@@ -52,7 +52,7 @@ def train(config: TrainingConfig, command: list[str], files: Sequence[str] = (),
             _train(config, folder, command, given, console, stop, world)
             console.print(f"model: {folder / 'final'}")
 
-        supervise(config, config, resume_with, lambda: after_out_of_memory(config), work, world, again)
+        supervise(config, resume_with, lambda: after_out_of_memory(config), work, world, again)
 
 
 def check_before(
@@ -100,12 +100,12 @@ def _train(
     precision = str(execution.dtype)
     identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
     found = world.first(
-        lambda: find_checkpoint(config, config, folder, config.settings(), fingerprint, identity, precision, console)
+        lambda: find_checkpoint(config, folder, config.settings(), fingerprint, identity, precision, console)
     )
     prepared = Prepared(
         folder, execution, tokenizer, renderer, rows, validation_rows, total_steps, fingerprint, identity, found, world
     )
-    record_start(config, config, prepared, command, given)
+    record_start(config, prepared, command, given)
     if world.size == 1:
         model = LossModel(load_model(config, model_config, tokenizer, execution), execution.dtype)
     else:
@@ -114,7 +114,7 @@ def _train(
         identity = world.first(lambda: identity_now(config, preparation, tokenizer, validation_rows))
         prepared = replace(prepared, identity=identity)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    world.first(lambda: check_disk(folder, parameters, BYTES_PER_PARAMETER))
+    world.first(lambda: check_disk(config, folder, parameters, BYTES_PER_PARAMETER))
     shards = world.local_size if config.sharding == "hybrid" else world.size
     longest = int(rows.lengths.max()) if rows is not None else config.sequence_length
     step, predicted = planned_step(config, model_config, execution, shards, longest)

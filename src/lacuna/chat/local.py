@@ -144,7 +144,8 @@ def load(place: Place, report: Report) -> LocalModel:
         try:
             causal_lm, tokenizer, execution = _of_folder(place, report)
         except ModelError as error:
-            raise ModelError([problem.replace("model_name ", "") for problem in error.problems]) from error
+            problems = [problem.replace("model_name ", "").replace("model.path ", "") for problem in error.problems]
+            raise ModelError(problems) from error
     renderer = Renderer(tokenizer)
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
@@ -170,7 +171,8 @@ def _of_folder(place: Place, report: Report) -> tuple[Any, Any, Execution]:
     has_tokenizer = place.adapter is not None and (place.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(place.adapter) if has_tokenizer else load_tokenizer(config)
     if isinstance(run, FinetuneConfig) and run.method == "qlora":
-        causal_lm: Any = _frozen(run, execution, tokenizer)
+        base = run.model_copy(update={"model_name": place.model, "model_revision": place.revision})
+        causal_lm: Any = _frozen(base, execution, tokenizer)
         report(f"the base is in {run.quantization_bits} bits, as it was in training")
     else:
         settings = {"dtype": execution.dtype, "attn_implementation": execution.attention}

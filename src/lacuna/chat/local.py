@@ -145,7 +145,8 @@ def load(found: FoundModel, tell: Tell) -> LocalModel:
         try:
             causal_lm, tokenizer, execution = _of_folder(found, tell)
         except ModelError as error:
-            raise ModelError([problem.replace("model_name ", "") for problem in error.problems]) from error
+            problems = [problem.replace("model_name ", "").replace("model.path ", "") for problem in error.problems]
+            raise ModelError(problems) from error
     renderer = Renderer(tokenizer, today=first_day_of(found.run or Path(found.model).parent, "auto"))
     stop: Any = tokenizer.eos_token
     if tokenizer.chat_template is not None:
@@ -171,7 +172,8 @@ def _of_folder(found: FoundModel, tell: Tell) -> tuple[Any, Any, Execution]:
     has_tokenizer = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(found.adapter) if has_tokenizer else load_tokenizer(config)
     if isinstance(run, FinetuneConfig) and run.method == "qlora":
-        causal_lm: Any = _frozen(run, execution, tokenizer)
+        base = run.model_copy(update={"model_name": found.model, "model_revision": found.revision})
+        causal_lm: Any = _frozen(base, execution, tokenizer)
         tell(f"the base is in {run.quantization_bits} bits, as it was in training")
     else:
         settings = {"dtype": execution.dtype, "attn_implementation": execution.attention}

@@ -11,8 +11,7 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.trainers import Config
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import needs_checkpointing
-from lacuna.cost.memory import Adapter, Step
-from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.cost.shape import PROJECTIONS, Adapter, ModelShape, Step, model_shape
 from lacuna.machine.detect import Device
 
 

@@ -12,8 +12,8 @@ import click
 import numpy as np
 from transformers import AutoConfig
 
-from lacuna.cost.memory import Adapter, Step, step_memory
-from lacuna.cost.shape import PROJECTIONS, model_shape
+from lacuna.cost.memory import step_memory
+from lacuna.cost.shape import PROJECTIONS, Adapter, Step, model_shape
 from lacuna.preflight.trace import trace_memory
 from lacuna.words import GIB
 

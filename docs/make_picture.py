@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from lacuna.config.files import check, merge_layers, read_layer
 from lacuna.config.training import ALTERNATIVES, SFTConfig
-from lacuna.cost.memory import Adapter, Step, step_memory
-from lacuna.cost.shape import ModelShape
+from lacuna.cost.memory import step_memory
+from lacuna.cost.shape import Adapter, ModelShape, Step
 from lacuna.data.chat import Renderer
 from lacuna.data.loader import PackedRow, load_rows
 from lacuna.data.split import row_order

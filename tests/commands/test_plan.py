@@ -21,8 +21,8 @@ from lacuna.config.yaml_format import dump_yaml
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, advise, changes, fits, largest_rows
 from lacuna.cost.flops import Speed, flops_of, measured_speed
 from lacuna.cost.known_models import KNOWN_MODELS
-from lacuna.cost.memory import Adapter, Step, total
-from lacuna.cost.shape import ModelShape, model_shape
+from lacuna.cost.memory import total
+from lacuna.cost.shape import Adapter, ModelShape, Step, model_shape
 from lacuna.cost.step import step_of
 from lacuna.machine.detect import NAMED, Device, named_device
 from lacuna.train.planned import memory_line

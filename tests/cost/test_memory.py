@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import Run
 from fixtures import make_model, write_texts
 from lacuna.config.finetune import FinetuneConfig
-from lacuna.cost.memory import QUANTISED_BYTES, Adapter, Step, chunk_of, step_memory, total
-from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.cost.memory import QUANTISED_BYTES, chunk_of, step_memory, total
+from lacuna.cost.shape import PROJECTIONS, Adapter, ModelShape, Step, model_shape
 from lacuna.finetune.adapters import _keep_as_loaded, quantisation
 from lacuna.preflight import trace
 from lacuna.words import GIB

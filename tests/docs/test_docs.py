@@ -15,8 +15,8 @@ from conftest import SCRIPTS
 from fixtures import write_chat
 from hub_contents import write_qwen
 from hub_server import serve
-from lacuna.cost.memory import Adapter, Step, step_memory
-from lacuna.cost.shape import ModelShape
+from lacuna.cost.memory import step_memory
+from lacuna.cost.shape import Adapter, ModelShape, Step
 from lacuna.words import GIB
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,7 @@ from conftest import Run
 from core_only import CORE_ONLY, SITE_PACKAGES
 from lacuna.config.layers import load_finetune
 from lacuna.cost.advice import fits
-from lacuna.cost.memory import Adapter, Step
-from lacuna.cost.shape import ModelShape
+from lacuna.cost.shape import Adapter, ModelShape, Step
 from lacuna.errors import ConfigError
 from lacuna.machine.detect import GIB, Device, named_device
 from lacuna.machine.presets import BY_DEVICE, FOLDER, choose_preset, list_presets, replace_auto

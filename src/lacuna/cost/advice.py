@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lacuna.cost.memory import Step, step_memory, total
-from lacuna.cost.shape import ModelShape
+from lacuna.cost.memory import step_memory, total
+from lacuna.cost.shape import ModelShape, Step
 from lacuna.words import GIB
 
 USABLE = 0.92

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import median
 
 from lacuna.config.files import read_layer
-from lacuna.cost.memory import Adapter, trained_parameters
-from lacuna.cost.shape import ModelShape
+from lacuna.cost.memory import trained_parameters
+from lacuna.cost.shape import Adapter, ModelShape
 from lacuna.errors import LacunaError
 from lacuna.runs.folder import starts_of
 from lacuna.runs.metrics import read_metrics

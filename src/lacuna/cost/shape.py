@@ -1,4 +1,4 @@
-"""The numbers of a model that decide its memory and its FLOPs, from its config.json alone."""
+"""The numbers of a model, of an adapter and of a step that decide its memory and its FLOPs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class ModelShape:
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape | None:
-    """From a config.json; None for a model whose layers are of another kind, so that no number is made up."""
+    """From a config.json alone; None for a model whose layers are of another kind, so that no number is made up."""
     config = {**config, **config.get("text_config", {})}
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None or not all(isinstance(config.get(name), int) for name in NEEDED):
@@ -110,3 +110,53 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape | None:
         config.get("head_dim") or default_dimension, vocabulary,
         bool(config.get("tie_word_embeddings", is_gemma)), biases,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on some projections of every layer."""
+
+    rank: int
+    targets: tuple[str, ...] = PROJECTIONS
+    dropout: bool = True
+    bits: int | None = None
+    """4 or 8: of a frozen weight of the layers. None: not quantised."""
+    double: bool = True
+    """Whether the scales of 4-bit weights are quantised too."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides the memory of an optimizer step besides the model."""
+
+    rows: int
+    """In a forward pass of one process."""
+    length: int
+    """Tokens in a row."""
+    bf16: bool
+    checkpointing: bool
+    device: str = "cuda"
+    """cuda, mps or cpu."""
+    accumulates: bool = True
+    """Whether gradients of earlier forward passes are there while a later one is made."""
+    attention: str = "sdpa"
+    """sdpa, eager, or flash_attention_2, which needs no mask to tell packed documents apart."""
+    adapter: Adapter | None = None
+    processes: int = 1
+    """That share weights, gradients and optimizer; with an adapter each has all of them."""
+    chunk: int | None = None
+    """Tokens whose logits exist at one time. None: the device's own number."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def stream_width(self) -> int:
+        """Bytes of a number of the residual stream: without an adapter it is in fp32 under autocast too."""
+        return self.width if self.adapter else 4

@@ -10,8 +10,7 @@ from typing import Any
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import needs_checkpointing
-from lacuna.cost.memory import Adapter, Step
-from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.cost.shape import PROJECTIONS, Adapter, ModelShape, Step, model_shape
 from lacuna.machine.detect import Device
 
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,43 +39,62 @@ def find_copies(training: Part, *held_out: Part) -> list[Copies]:
     """What the parts repeat: each of itself, and those held out of the training data. Documents count whole, if they
     are used at all."""
     parts = [training, *held_out]
-    used = [part.pieces.used for part in parts]
-    first = first_equal(parts, used)
-    origins = [part.documents.origins for part in parts]
+    counts = [len(part.pieces.used) for part in parts]
+    ends = np.cumsum(counts)[:-1]
     found = []
-    for index, (start, end) in enumerate(pairwise(np.cumsum([0, *map(len, used)]).tolist())):
-        originals = first[start:end]
-        _, here, group = np.unique(originals, return_index=True, return_inverse=True)
-        again = np.flatnonzero(here[group] < np.arange(end - start))
-        leaked = np.flatnonzero(originals < len(used[0])) if index else again[:0]
-        for numbers, source, earlier in ((again, index, here[group]), (leaked, 0, originals)):
-            if len(numbers):
-                shown = numbers[:SHOWN_PROBLEMS].tolist()
-                places = [
-                    (origins[index][used[index][number]], origins[source][used[source][earlier[number]]])
-                    for number in shown
-                ]
-                found.append(Copies(parts[index].name, earlier is originals, len(numbers), end - start, places))
-    return found
+    for part, originals in zip(parts, np.split(first_equal(parts), ends), strict=True):
+        _, firsts, group = np.unique(originals, return_index=True, return_inverse=True)
+        earlier = firsts[group]
+        repeats = np.flatnonzero(earlier < np.arange(len(earlier)))
+        found.append(_copies(part, repeats, part, earlier, is_held_out=False))
+        if part is not training:
+            leaked = np.flatnonzero(originals < counts[0])
+            found.append(_copies(part, leaked, training, originals, is_held_out=True))
+    return [copies for copies in found if copies.count]
 
 
-def first_equal(parts: Sequence[Part], used: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def _copies(
+    part: Part, copied: NDArray[np.int64], source: Part, earlier: NDArray[np.int64], *, is_held_out: bool
+) -> Copies:
+    """copied: [copies] numbers among the part's used documents. earlier: [used documents] the number of the first equal
+    one among the source's."""
+    shown = copied[:SHOWN_PROBLEMS]
+    places = [(_origin(part, number), _origin(source, earlier[number])) for number in shown.tolist()]
+    return Copies(part.name, is_held_out, len(copied), len(part.pieces.used), places)
+
+
+def _origin(part: Part, number: int) -> str:
+    """Where a used document stands."""
+    document = int(part.pieces.used[number])
+    return part.documents.origins[document]
+
+
+def first_equal(parts: Sequence[Part]) -> NDArray[np.int64]:
     """[used documents of all parts] the number of the first one with the same tokens.
 
     Only documents whose sums are equal are compared.
     """
-    sums = np.concatenate([_sums(part)[numbers] for part, numbers in zip(parts, used, strict=True)])
+    used = [part.pieces.used for part in parts]
     part_of = np.repeat(np.arange(len(parts)), [len(numbers) for numbers in used])
     documents = np.concatenate(used)
-    order = np.argsort(sums, kind="stable")
-    same = np.concatenate([[False], sums[order][1:] == sums[order][:-1], [False]])
+    sums = np.concatenate([_sums(part)[part.pieces.used] for part in parts])
     first = np.arange(len(sums))
     seen: dict[bytes, int] = {}
-    for candidate in np.sort(order[same[1:] | same[:-1]]).tolist():
+    for candidate in _not_alone(sums).tolist():
         whole, document = parts[part_of[candidate]].documents, documents[candidate]
         tokens = whole.tokens[whole.starts[document] : whole.starts[document + 1]]
-        first[candidate] = seen.setdefault(hashlib.blake2b(tokens.data, digest_size=16).digest(), candidate)
+        hash = hashlib.blake2b(tokens.data, digest_size=16).digest()
+        first[candidate] = seen.setdefault(hash, candidate)
     return first
+
+
+def _not_alone(sums: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a sum stands that stands elsewhere too, in order."""
+    order = np.argsort(sums, kind="stable")
+    as_next = np.zeros(len(sums), dtype=bool)
+    as_next[:-1] = sums[order][:-1] == sums[order][1:]
+    as_previous = np.roll(as_next, 1)
+    return np.sort(order[as_next | as_previous])
 
 
 def _sums(part: Part) -> NDArray[np.uint64]:

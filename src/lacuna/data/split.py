@@ -31,7 +31,7 @@ def divide(part: Part, config: TrainingConfig, preparation: str = PREPARATION) -
         originals, numbers = np.arange(len(used)), np.empty(total, dtype=np.int64)
         numbers[used[row_order(config.seed, 0, len(used))]] = originals
     else:
-        originals, numbers = first_equal([part], [used]), np.argsort(row_order(config.split_seed, 0, total))
+        originals, numbers = first_equal([part]), np.argsort(row_order(config.split_seed, 0, total))
     distinct = np.unique(originals)
     share = config.validation_share or 0.0
     count = max(round(share * len(distinct)), 1)

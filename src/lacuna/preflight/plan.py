@@ -14,8 +14,8 @@ from lacuna.config.training import PretrainConfig, TrainingConfig
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, Names, advise, fits
 from lacuna.cost.flops import Speed, assumed_speed, flops_of, measured_speed
 from lacuna.cost.known_models import KNOWN_MODELS
-from lacuna.cost.memory import CONTEXT, Step, step_memory, trained_parameters
-from lacuna.cost.shape import PROJECTIONS, ModelShape, model_shape
+from lacuna.cost.memory import CONTEXT, step_memory, trained_parameters
+from lacuna.cost.shape import PROJECTIONS, ModelShape, Step, model_shape
 from lacuna.cost.step import adapter_of, read_config, shape_of, step_of
 from lacuna.machine.detect import Device
 from lacuna.preflight.count import Counts, count

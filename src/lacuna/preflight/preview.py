@@ -127,37 +127,52 @@ class _Collected:
             return None
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A data set as it is trained on."""
+
+    reading: _Reading
+    part: Part
+    dropped: int
+    """Documents left out for their length."""
+
+
 def preview(config: TrainingConfig, renderer: Renderer, files: Sequence[str], samples: int) -> Preview:
     """Look at the config's data, or at files instead: the first as training data, others as held out beside it."""
     found = _Collected()
-    if files:
-        config = config.model_copy(update={"dataset": files[0]})
-    if len(files) > 1:
-        config = config.model_copy(update={"validation_dataset": None, "validation_share": None})
-        others: list[Source | None] = [replace(training_source(config), dataset=file) for file in files[1:]]
-    else:
-        if not files:
-            found.attempt(lambda: check_data_settings(config))
-        others = [validation_source(config)]
-    is_stream = isinstance(config, PretrainConfig) and config.streaming
-    training = _read(replace(training_source(config), streaming=is_stream), config, renderer, found)
-    readings = [training, *(_read(source, config, renderer, found) for source in others if source is not None)]
-    parts = [(_part(reading, config, found), reading) for reading in readings if reading is not None]
-    dropped = [len(part.documents) - len(part.pieces.used) for part, _ in parts]
-    if config.validation_share and training is not None:
-        undivided = parts[0][0]
-        if (divided := found.attempt(lambda: divide(undivided, config))) is not None:
-            kept, held_out = divided
-            parts = [(kept, training), (held_out, replace(training, broken=0, empty=0, unusable=[]))]
-            dropped.append(0)
-    copies = find_copies(*(part for part, _ in parts)) if training is not None else []
-    looked_at = [
-        _describe(part, reading, left_out, config, renderer, samples)
-        for (part, reading), left_out in zip(parts, dropped, strict=True)
-    ]
-    if training is not None and (rows := looked_at[0].rows) is not None:
+    config = _with_files(config, files)
+    if not files:
+        found.attempt(lambda: check_data_settings(config))
+    readings = [_read(source, config, renderer, found) for source in _sources(config, files)]
+    cut = [_cut(reading, config, found) for reading in readings if reading is not None]
+    has_training = readings[0] is not None
+    if has_training and config.validation_share:
+        cut = _divided(cut[0], config, found)
+    copies = find_copies(*(each.part for each in cut)) if has_training else []
+    looked_at = [_describe(each, config, renderer, samples) for each in cut]
+    rows = looked_at[0].rows if has_training else None
+    if rows is not None:
         found.attempt(lambda: refuse_few_rows(config, rows))
     return Preview(looked_at, copies, found.notes, found.problems)
+
+
+def _with_files(config: TrainingConfig, files: Sequence[str]) -> TrainingConfig:
+    """With the first file as training data; with more of them nothing else is held out."""
+    if not files:
+        return config
+    if len(files) == 1:
+        return config.model_copy(update={"dataset": files[0]})
+    return config.model_copy(update={"dataset": files[0], "validation_dataset": None, "validation_share": None})
+
+
+def _sources(config: TrainingConfig, files: Sequence[str]) -> list[Source]:
+    """The training data, and what is held out beside them."""
+    is_stream = isinstance(config, PretrainConfig) and config.streaming
+    training = replace(training_source(config), streaming=is_stream)
+    if len(files) > 1:
+        return [training, *(replace(training, dataset=file, streaming=False) for file in files[1:])]
+    validation = validation_source(config)
+    return [training] if validation is None else [training, validation]
 
 
 def _read(source: Source, config: TrainingConfig, renderer: Renderer, found: _Collected) -> _Reading | None:
@@ -192,22 +207,31 @@ def _set_aside(rows: Iterable[Any | Broken], broken: list[Broken]) -> Iterator[A
             yield row
 
 
-def _part(reading: _Reading, config: TrainingConfig, found: _Collected) -> Part:
+def _cut(reading: _Reading, config: TrainingConfig, found: _Collected) -> _Cut:
     """Cut as for training; whole where that would stop the run."""
     documents, name = reading.documents, reading.source.dataset
     pieces = found.attempt(lambda: fit(documents, config, name, found.notes.append))
-    whole = Pieces(np.arange(len(documents)), documents.starts[:-1], documents.starts[1:])
-    return Part(documents, whole if pieces is None else pieces, name)
+    if pieces is None:
+        pieces = Pieces(np.arange(len(documents)), documents.starts[:-1], documents.starts[1:])
+    return _Cut(reading, Part(documents, pieces, name), dropped=len(documents) - len(pieces.used))
 
 
-def _describe(
-    part: Part, reading: _Reading, dropped: int, config: TrainingConfig, renderer: Renderer, samples: int
-) -> PartPreview:
+def _divided(cut: _Cut, config: TrainingConfig, found: _Collected) -> list[_Cut]:
+    """What is left to train on, and the share that is held out, which counts nothing a second time."""
+    parts = found.attempt(lambda: divide(cut.part, config))
+    if parts is None:
+        return [cut]
+    kept, held_out = parts
+    without_losses = replace(cut.reading, broken=0, empty=0, unusable=[])
+    return [replace(cut, part=kept), _Cut(without_losses, held_out, dropped=0)]
+
+
+def _describe(cut: _Cut, config: TrainingConfig, renderer: Renderer, samples: int) -> PartPreview:
+    part, reading = cut.part, cut.reading
     documents, pieces = part.documents, part.pieces
     used, lengths = pieces.used, pieces.lengths
     whole = documents.lengths[used] if len(used) else documents.lengths
-    can_pack = int(lengths.max()) <= config.sequence_length and not reading.source.streaming
-    rows = (count_rows(lengths, config.sequence_length) if config.packs_rows else len(lengths)) if can_pack else None
+    rows = None if reading.source.streaming else _count_rows(lengths, config)
     tokens = int(lengths.sum())
     unusable: dict[str, list[str]] = {}
     for item in reading.unusable:
@@ -220,7 +244,7 @@ def _describe(
         documents=len(used),
         tokens=tokens,
         targets=int(documents.targets(pieces).sum()),
-        dropped=dropped,
+        dropped=cut.dropped,
         truncated=0 if documents.is_text else int((lengths < documents.lengths[pieces.documents]).sum()),
         empty=reading.empty,
         broken=reading.broken,
@@ -234,11 +258,19 @@ def _describe(
     )
 
 
+def _count_rows(lengths: NDArray[np.int64], config: TrainingConfig) -> int | None:
+    """Rows that pieces of these lengths fill; None where one of them fits in no row."""
+    if int(lengths.max()) > config.sequence_length:
+        return None
+    return count_rows(lengths, config.sequence_length) if config.packs_rows else len(lengths)
+
+
 def _format(source: Source) -> str:
     files = find_files(source.dataset, source.kind, source.split)
     if files is None:
         return "hub data set"
-    return f"{file_kind(files[0], source.kind)} ({'by its ending' if source.kind == 'auto' else 'given'})"
+    reason = "by its ending" if source.kind == "auto" else "given"
+    return f"{file_kind(files[0], source.kind)} ({reason})"
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -251,13 +283,15 @@ def histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int]]:
     """Bins of one round width over all but the longest hundredth, which the last bin holds."""
     shortest, usual, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0, 0.99, 1))
     needed = -(-(usual - shortest + 1) // BINS)
-    width = next(size * 10**power for power in range(20) for size in (1, 2, 5) if size * 10**power >= needed)
+    round_numbers = (size * 10**power for power in range(20) for size in (1, 2, 5))
+    width = next(number for number in round_numbers if number >= needed)
     first, last = (shortest - 1) // width, (usual - 1) // width
     counts = np.bincount(np.minimum((lengths - 1) // width, last) - first).tolist()
-    ends = [*((first + number + 1) * width for number in range(len(counts) - 1)), max((last + 1) * width, longest)]
-    return [
-        ((first + number) * width + 1, end, count) for number, (end, count) in enumerate(zip(ends, counts, strict=True))
-    ]
+    bins = []
+    for number, count in enumerate(counts, start=first):
+        bins.append((number * width + 1, (number + 1) * width, count))
+    start, end, count = bins[-1]
+    return [*bins[:-1], (start, max(end, longest), count)]
 
 
 def _shown(part: Part, piece: int, renderer: Renderer) -> Shown:
@@ -267,10 +301,8 @@ def _shown(part: Part, piece: int, renderer: Renderer) -> Shown:
     learned[:1] = [False]
     spelled = renderer.tokenizer.convert_ids_to_tokens(ids)
     control = set(renderer.control_tokens)
-    return Shown(
-        documents.origins[pieces.documents[piece]],
-        [
-            Token(id, token, is_learned, token in control)
-            for id, token, is_learned in zip(ids, spelled, learned, strict=True)
-        ],
-    )
+    tokens = [
+        Token(id, token, is_learned, token in control)
+        for id, token, is_learned in zip(ids, spelled, learned, strict=True)
+    ]
+    return Shown(documents.origins[pieces.documents[piece]], tokens)

@@ -7,7 +7,7 @@ from typing import Any
 from lacuna.config.trees import get
 from lacuna.cost.advice import USABLE
 from lacuna.cost.flops import Speed, assumed_speed, flops_of
-from lacuna.cost.memory import Adapter
+from lacuna.cost.shape import Adapter
 from lacuna.experiment.base import Base
 from lacuna.machine.detect import Device
 from lacuna.preflight.plan import RUNTIME, RunPlan

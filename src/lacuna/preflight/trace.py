@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lacuna.cost.memory import QUANTISED_BYTES, Adapter, Step, chunk_of
+from lacuna.cost.memory import QUANTISED_BYTES, chunk_of
+from lacuna.cost.shape import Adapter, Step
 from lacuna.finetune.adapters import target_modules, to_fp32
 from lacuna.train.model import supervised_loss, transformer_blocks
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lacuna.config.trees import MISSING, get
+from lacuna.config.trees import get
 from lacuna.torchtune.model import TorchtuneModel
+from lacuna.torchtune.settings import Step, read_step
 
 CONTEXT = 0.75 * 2**30
 """CUDA's context, the allocator's rounding and cuBLAS' workspaces."""
@@ -20,50 +21,8 @@ NF4_BUFFER = 14
 16 bits, and the result, in torchao's NF4Tensor.get_original_weight."""
 STASH = 5
 """Layers' inputs that offloading leaves on the GPU."""
-EIGHT_BIT = 2 * (1 + 4 / 256)
-"""Of AdamW's two moments in 8 bits, with an fp32 scale for a block of 256."""
-IN_WEIGHT_DTYPE = {"torch.optim.AdamW": 2, "torch.optim.Adam": 2, "torch.optim.SGD": 0}
-"""Optimizer → states as large as the weights."""
-STATE_BYTES = {
-    "bitsandbytes.optim.AdamW": 8, "bitsandbytes.optim.AdamW32bit": 8, "bitsandbytes.optim.AdamW8bit": EIGHT_BIT,
-    "bitsandbytes.optim.PagedAdamW": 8, "bitsandbytes.optim.PagedAdamW32bit": 8,
-    "bitsandbytes.optim.PagedAdamW8bit": EIGHT_BIT, "torchao.optim.AdamW8bit": EIGHT_BIT,
-    "torchao.prototype.low_bit_optim.AdamW8bit": EIGHT_BIT,
-}  # fmt: skip
-"""Optimizer → bytes of states for a trained parameter, whatever its dtype."""
-LOSSES = {
-    "torchtune.modules.loss.CEWithChunkedOutputLoss": 8, "torch.nn.CrossEntropyLoss": 1,
-}  # fmt: skip
-"""Loss → chunks of logits, where the config gives no number."""
 Sizes = dict[str, float]
 """Bytes by what takes them."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a recipe reads of a config that decides its memory."""
-
-    tokens: int
-    """Of a micro-batch, padding included."""
-    length: int
-    width: int
-    """Bytes of a weight, an activation and a gradient."""
-    chunks: int
-    """Of the logits."""
-    state_bytes: float
-    """Of the optimizer for a trained parameter."""
-    gpus: int
-    accumulates: bool
-    checkpointing: bool
-    offloading: bool
-    in_backward: bool
-    copies_gradients: bool
-    """Whether the optimizer makes a copy of them: torch's own, where it is not fused."""
-    packed: bool
-    cpu_offload: bool
-    reshards: bool
-    gathers_embedding: bool
-    """Whether FSDP holds the embedding from the first layer to the last."""
 
 
 def torchtune_memory(
@@ -73,8 +32,10 @@ def torchtune_memory(
 
     length: tokens of the longest row of a batch.
     """
-    step = _step(config, recipe, gpus, length)
-    return step if isinstance(step, str) else max(_moments(model, step), key=lambda sizes: sum(sizes.values()))
+    step = read_step(config, recipe, gpus, length)
+    if isinstance(step, str):
+        return step
+    return max(_moments(model, step), key=lambda sizes: sum(sizes.values()))
 
 
 def assumptions(config: Mapping[str, Any], gpus: int) -> list[str]:
@@ -89,91 +50,146 @@ def assumptions(config: Mapping[str, Any], gpus: int) -> list[str]:
     return [sentence for sentence, holds in cases.items() if holds]
 
 
-def _step(config: Mapping[str, Any], recipe: str, gpus: int, length: int) -> Step | str:
-    optimizer, loss = (str(get(config, f"{section}._component_")) for section in ("optimizer", "loss"))
-    width = {"bf16": 2, "fp16": 2, "fp32": 4}.get(str(config.get("dtype")))
-    batch, accumulation = config.get("batch_size"), config.get("gradient_accumulation_steps", 1)
-    if width is None:
-        return f"dtype is {config.get('dtype')!r}; bf16, fp16 and fp32 are planned"
-    if optimizer not in {**IN_WEIGHT_DTYPE, **STATE_BYTES}:
-        return f"what {optimizer} keeps is not known; known are {', '.join([*IN_WEIGHT_DTYPE, *STATE_BYTES])}"
-    if loss not in LOSSES:
-        return f"what {loss} keeps is not known; known are {' and '.join(LOSSES)}"
-    if config.get("tensor_parallel_dim", 1) != 1:
-        return "tensor parallelism is not planned"
-    if type(batch) is not int or type(accumulation) is not int:
-        return "batch_size and gradient_accumulation_steps should be whole numbers"
-    states = IN_WEIGHT_DTYPE.get(optimizer, 0) * width + STATE_BYTES.get(optimizer, 0)
-    if optimizer.endswith("SGD") and get(config, "optimizer.momentum") not in (MISSING, None, 0):
-        states += width
-    is_distributed = recipe.endswith("distributed")
-    chunks = get(config, "loss.num_output_chunks")
-    return Step(
-        tokens=batch * length, length=length, width=width, chunks=LOSSES[loss] if chunks is MISSING else chunks,
-        state_bytes=states, gpus=gpus if is_distributed else 1, accumulates=accumulation > 1,
-        checkpointing=config.get("enable_activation_checkpointing") is True,
-        offloading=config.get("enable_activation_offloading") is True,
-        in_backward=config.get("optimizer_in_bwd") is True,
-        copies_gradients=optimizer.startswith("torch.") and get(config, "optimizer.fused") is not True,
-        packed=get(config, "dataset.packed") is True,
-        cpu_offload=is_distributed and config.get("fsdp_cpu_offload") is True,
-        reshards=config.get("fsdp_reshard_after_forward", True) is True,
-        gathers_embedding="tok_embeddings" not in (config.get("custom_sharded_layers") or []),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes that several moments of a step have in common."""
+
+    gradients: float
+    """Of all that is trained, as far as they are kept for the optimizer."""
+    earlier: float
+    """The same from earlier forward passes."""
+    head_gradient: float
+    waiting: float
+    """The head's gradient, where nothing takes it before the embedding's is there."""
+    layer: float
+    """What one layer keeps for its backward pass."""
+    layer_input: float
+    forward: float
+    """What all layers keep until the backward pass."""
+    recomputed: float
+    """What checkpointing makes anew of the layer that is on its way back."""
+    outside: float
+    """What the last norm and the head keep."""
+    in_mlp: float
+    """What comes and goes on the way back through an MLP."""
+    unsharded: float
+    """Gradients of a layer on their way to the processes that keep them, and of the next one."""
+
+
+def _parts(model: TorchtuneModel, step: Step) -> _Parts:
+    shape, width = model.shape, step.width
+    gradients = 0 if step.in_backward else width * model.trainable / step.gpus
+    head = width * shape.embedding if model.is_full else 0
+    layer = step.tokens * _kept_by_layer(model, step)
+    layer_input = step.tokens * width * shape.hidden
+    on_gpu = min(shape.layers, STASH) if step.offloading else shape.layers
+    return _Parts(
+        gradients=gradients,
+        earlier=gradients if step.accumulates else 0,
+        head_gradient=head,
+        waiting=head if shape.tied or not step.in_backward else 0,
+        layer=layer,
+        layer_input=layer_input,
+        forward=on_gpu * layer_input if step.checkpointing else shape.layers * layer,
+        recomputed=layer if step.checkpointing else 0,
+        outside=step.tokens * _kept_outside(model, step),
+        in_mlp=step.tokens * width * (3 if model.dropout else 2) * shape.mlp,
+        unsharded=2 * width * _trained_by_layer(model) if step.gpus > 1 else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What there is at a moment of a step besides what is always there, in bytes."""
+
+    gradients: float
+    activations: float = 0
+    logits: float = 0
+    buffers: float = 0
+    """For turning a weight back from NF4."""
+    states: float = 0
+    """That the optimizer makes for a while."""
 
 
 def _moments(model: TorchtuneModel, step: Step) -> Iterator[Sizes]:
-    """The sizes at each moment of a step that can be its peak, in the step's order.
-
-    The end of the loss; the head's gradient, summed over the chunks; where there are DoRA's norms, their recomputation;
-    the last layer's way back, in its MLP and while a weight is turned back from NF4; the first layer's; the embedding's
-    gradient; the optimizer, where it is not fused.
-    """
-    shape, width = model.shape, step.width
-    logits = shape.vocabulary * step.tokens
-    head = width * shape.embedding if model.is_full else 0
-    gradients = 0 if step.in_backward else width * model.trainable / step.gpus
-    before = gradients if step.accumulates else 0
-    layer = step.tokens * _kept_by_layer(model, step)
-    inputs = step.tokens * width * shape.hidden
-    left = min(shape.layers, STASH) if step.offloading else shape.layers
-    kept = left * inputs if step.checkpointing else shape.layers * layer
-    outside = step.tokens * _kept_outside(model, step)
-    backward = step.tokens * width * (3 if model.dropout else 2) * shape.mlp
-    unsharded = 2 * width * _trained_by_layer(model) if step.gpus > 1 else 0
-    buffers = NF4_BUFFER * max((_matrix(model, name) for name in model.quantised), default=0)
+    """The sizes at each moment of a step that can be its peak, in the step's order."""
+    parts = _parts(model, step)
+    moments = [_end_of_loss(model, step, parts)]
+    if model.is_full:
+        moments.append(_gradient_of_head(model, step, parts))
+    if model.dora:
+        moments.append(_norms_recomputed(model, step, parts))
+    moments += _last_layer(model, step, parts)
+    moments += [_first_layer(model, step, parts), _gradient_of_embedding(model, step, parts)]
+    if step.copies_gradients and not step.in_backward:
+        moments.append(_Moment(gradients=parts.gradients, states=parts.gradients))
     resident = _resident(model, step)
-
-    def moment(gradients: float, activations: float, logits: float = 0, buffers: float = 0, states: float = 0) -> Sizes:
-        return {
+    for moment in moments:
+        yield {
             **resident,
-            "optimizer": resident["optimizer"] + states,
-            "gradients": gradients,
-            "activations": activations,
-            "logits and loss": logits,
-            "quantisation buffers": buffers,
+            "optimizer": resident["optimizer"] + moment.states,
+            "gradients": moment.gradients,
+            "activations": moment.activations,
+            "logits and loss": moment.logits,
+            "quantisation buffers": moment.buffers,
         }
 
-    upcast = 4 / step.chunks if width == 2 else 0
-    yield moment(before, kept + outside, logits * max(width + 4 + upcast, 4 + 8 / step.chunks))
-    if model.is_full:
-        copies, unread = (3, 1 - 2 / step.chunks) if step.chunks > 1 else (1, 1)
-        yield moment(before + copies * head, kept + outside, width * logits * unread)
-    held = head if shape.tied or not step.in_backward else 0
-    of_layer = layer if step.checkpointing else 0
-    if model.dora:
-        passing = step.tokens * width * (shape.mlp + 2 * shape.hidden)
-        yield moment(before, kept + of_layer + passing + _norms_of_weights(model, step))
-    whole = held if step.gpus > 1 else 0
-    first = max(before, held - whole) + whole + unsharded
-    yield moment(first, kept + of_layer + inputs + backward)
-    yield moment(first, kept + of_layer + inputs, buffers=buffers)
-    last = held if step.in_backward else gradients - (0 if before or not model.is_full else _ungrown(model, step))
-    yield moment(last + whole + unsharded, inputs + layer + inputs + backward)
-    summed = 3 if shape.tied else 1
-    yield moment(gradients + head * (summed if before or step.in_backward else summed - 1), 0)
-    if step.copies_gradients and not step.in_backward:
-        yield moment(gradients, 0, states=gradients)
+
+def _end_of_loss(model: TorchtuneModel, step: Step, parts: _Parts) -> _Moment:
+    """Of logits there are those in the weights' dtype and in fp32, or those in fp32 and two more of a chunk."""
+    upcast = 4 / step.chunks if step.width == 2 else 0
+    bytes_each = max(step.width + 4 + upcast, 4 + 8 / step.chunks)
+    logits = model.shape.vocabulary * step.tokens * bytes_each
+    return _Moment(gradients=parts.earlier, activations=parts.forward + parts.outside, logits=logits)
+
+
+def _gradient_of_head(model: TorchtuneModel, step: Step, parts: _Parts) -> _Moment:
+    """It is summed over the chunks of logits: the sum, the next summand and the new sum."""
+    copies, unread = (3, 1 - 2 / step.chunks) if step.chunks > 1 else (1, 1)
+    return _Moment(
+        gradients=parts.earlier + copies * parts.head_gradient,
+        activations=parts.forward + parts.outside,
+        logits=step.width * model.shape.vocabulary * step.tokens * unread,
+    )
+
+
+def _norms_recomputed(model: TorchtuneModel, step: Step, parts: _Parts) -> _Moment:
+    """DoRA's norms of weights, in the last layer."""
+    passing = step.tokens * step.width * (model.shape.mlp + 2 * model.shape.hidden)
+    kept = parts.forward + parts.recomputed + passing
+    return _Moment(gradients=parts.earlier, activations=kept + _norms_of_weights(model, step))
+
+
+def _last_layer(model: TorchtuneModel, step: Step, parts: _Parts) -> list[_Moment]:
+    """On its way back: in its MLP, and while a weight is turned back from NF4. FSDP holds the head's gradient whole."""
+    whole = parts.waiting if step.gpus > 1 else 0
+    gradients = max(parts.earlier, parts.waiting - whole) + whole + parts.unsharded
+    kept = parts.forward + parts.recomputed + parts.layer_input
+    largest = max((_matrix(model, name) for name in model.quantised), default=0)
+    return [
+        _Moment(gradients=gradients, activations=kept + parts.in_mlp),
+        _Moment(gradients=gradients, activations=kept, buffers=NF4_BUFFER * largest),
+    ]
+
+
+def _first_layer(model: TorchtuneModel, step: Step, parts: _Parts) -> _Moment:
+    """On its way back, with the gradients of all layers behind it."""
+    so_far = parts.waiting if step.in_backward else parts.gradients
+    if model.is_full and not step.in_backward and not parts.earlier:
+        so_far -= _ungrown(model, step)
+    whole = parts.waiting if step.gpus > 1 else 0
+    return _Moment(
+        gradients=so_far + whole + parts.unsharded,
+        activations=2 * parts.layer_input + parts.layer + parts.in_mlp,
+    )
+
+
+def _gradient_of_embedding(model: TorchtuneModel, step: Step, parts: _Parts) -> _Moment:
+    """A tied head's gradient has waited for it, and their sum is a third; one of them counts among all gradients."""
+    copies = 3 if model.shape.tied else 1
+    if not parts.earlier and not step.in_backward:
+        copies -= 1
+    return _Moment(gradients=parts.gradients + parts.head_gradient * copies)
 
 
 def _resident(model: TorchtuneModel, step: Step) -> Sizes:
@@ -274,7 +290,7 @@ def checkpoint_sizes(model: TorchtuneModel, config: Mapping[str, Any], recipe: s
 
     The small files that torchtune copies from checkpoint_dir into every epoch's folder are not among them.
     """
-    step, epochs = _step(config, recipe, 1, 1), config.get("epochs")
+    step, epochs = read_step(config, recipe, 1, 1), config.get("epochs")
     if isinstance(step, str):
         return step
     if type(epochs) is not int:

@@ -7,8 +7,8 @@ import torch
 from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.cost.advice import FINETUNE, LOOP, USABLE, describe, savings
-from lacuna.cost.memory import Step, step_memory
-from lacuna.cost.shape import model_shape
+from lacuna.cost.memory import step_memory
+from lacuna.cost.shape import Step, model_shape
 from lacuna.cost.step import read_shape, step_of
 from lacuna.errors import LacunaError
 from lacuna.machine.detect import Device, choose_device

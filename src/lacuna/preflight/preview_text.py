@@ -14,7 +14,7 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import SHOWN_PROBLEMS
-from lacuna.errors import MissingExtraError
+from lacuna.errors import needs_extra
 from lacuna.preflight.preview import PartPreview, Preview, Shown, preview
 from lacuna.train.loading import load_tokenizer
 from lacuna.visible import escaped
@@ -34,10 +34,8 @@ def look(config: TrainingConfig | FinetuneConfig, files: Sequence[str], samples:
     """Print a preview of the config's data or of files; whether a run would stop. Raises ModelError: no tokenizer."""
     if not isinstance(config, FinetuneConfig):
         return _look(config, files, samples, as_json, str)
-    try:
+    with needs_extra("finetune", "peft"):
         from lacuna.finetune.checks import in_own_words, own_words
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune", error.name or "peft") from error
     with own_words():
         return _look(config.as_sft(), files, samples, as_json, in_own_words)
 

@@ -16,6 +16,12 @@ LOOK_SECONDS = 0.5
 TAIL_CHUNKS = 64
 
 
+def how_killed(number: int) -> str:
+    """`killed by SIGKILL (the system does that when memory runs out)`"""
+    hint = " (the system does that when memory runs out)" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{hint}"
+
+
 class Asked:
     """While entered, signals are noted, and passed on to the child, once there is one."""
 

@@ -18,10 +18,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lacuna.errors import Interrupted, LacunaError, LostProcessError
 from lacuna.files import write_json
 from lacuna.machine.detect import check_gpus
+from lacuna.processes import SIGNALS, how_killed
 from lacuna.runs.folder import is_held, read_status
 from lacuna.visible import visible
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP = (*SIGNALS, signal.SIGHUP)
 
 
 def launch(command: list[str], gpus: int, max_restarts: int, device: str, output_dir: str | None) -> None:
@@ -99,8 +100,7 @@ def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
     code = failure.exitcode
     if code >= 0:
         return code, f"process {rank} has ended with exit code {code}"
-    reason = f"process {rank} was killed by {signal.Signals(-code).name}"
-    return code, reason + (" (the system does that when memory runs out)" if code == -signal.SIGKILL else "")
+    return code, f"process {rank} was {how_killed(-code)}"
 
 
 def _note(output_dir: str | None, reason: str, is_certain: bool) -> None:

@@ -78,14 +78,15 @@ def run(
     stale = with_other_inputs(mapping, finished)
     if stale and not again:
         raise OtherInputsError(list(_tell_stale(stale, len(finished))))
-    missing = _unqueued(missing, _rows(mapping, chosen), console)
-    missing = sorted([*missing, *(run for run, _ in stale)], key=lambda run: run.index)
+    wanted = [*_unqueued(missing, _rows(mapping, chosen), console), *(run for run, _ in stale)]
     if problems is None:
-        problems = problems_of(mapping, [run.index for run in missing], torchtune_python)
-    refuse(problems, [run.id for run in missing])
+        problems = problems_of(mapping, [run.index for run in wanted], torchtune_python)
+    refuse(problems, [run.id for run in wanted])
     for run, _ in stale:
         _note(f"{run.id}, finished, is kept: {put_aside(run.folder)}", console)
-        finished.remove(run)
+    missing = sorted(wanted, key=lambda run: run.index)
+    started_anew = {run.id for run, _ in stale}
+    finished = [run for run in finished if run.id not in started_anew]
     place = os.path.relpath(mapping.file.parent)
     if slurm:
         return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)

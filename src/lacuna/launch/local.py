@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lacuna.errors import Interrupted, LacunaError, LostProcessError
 from lacuna.files import write_json
 from lacuna.machine.detect import check_gpus
-from lacuna.processes import SIGNALS, how_killed
+from lacuna.processes import SIGNALS, how_killed, send
 from lacuna.runs.folder import is_held, read_status
 from lacuna.visible import visible
 
@@ -82,12 +81,9 @@ def _pass_on(asked: list[int]) -> None:
         number = signal.sigwait(STOP)
         asked.append(number)
         processes = psutil.Process().children()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                if asked.count(signal.SIGINT) > 1:
-                    process.kill()
-                else:
-                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        ends_at_once = asked.count(signal.SIGINT) > 1
+        obeyed = signal.SIGTERM if number == signal.SIGHUP else number
+        send(signal.SIGKILL if ends_at_once else obeyed, processes)
         if not processes:
             click.echo("stopped before anything was started", err=True)
             os._exit(128 + number)

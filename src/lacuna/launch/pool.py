@@ -17,7 +17,7 @@ from lacuna.errors import LacunaError, RunError
 from lacuna.launch.board import Board
 from lacuna.launch.lease import take
 from lacuna.launch.selection import is_finished
-from lacuna.processes import Asked, how_killed
+from lacuna.processes import Asked, how_killed, send
 from lacuna.runs.folder import OUTPUT_LOG, is_held, read_status, write_status
 from lacuna.runs.logs import last_words, tail
 from lacuna.runs.mapping import GeneratedRun
@@ -158,6 +158,5 @@ def _end(child: Child, is_stopping: bool, board: Board) -> None:
 def _kill(pid: int) -> None:
     """At once, with everything that it has started."""
     with suppress(psutil.NoSuchProcess):
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        run = psutil.Process(pid)
+        send(signal.SIGKILL, [run, *run.children(recursive=True)])

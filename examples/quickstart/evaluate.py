@@ -47,14 +47,13 @@ def main() -> None:
     mapping = read_mapping(RUNS / "configs")
     arms: dict[str, list[float]] = {}
     for index in range(len(mapping.items)):
-        run = mapping.entry(index)
-        folder = Path(run["output_dir"])
-        if (read_status(folder) or {}).get("state") != "finished":
-            print(f"{run['id']}: not finished, and so not evaluated")
+        run = mapping.run(index)
+        if (read_status(run.folder) or {}).get("state") != "finished":
+            print(f"{run.id}: not finished, and so not evaluated")
             continue
-        found = accuracy(folder / "final")
-        write_json(folder / "evaluation.json", {"held_out_accuracy": found})
-        arms.setdefault(", ".join(f"{name}={value}" for name, value in run["params"].items()), []).append(found)
+        found = accuracy(run.folder / "final")
+        write_json(run.folder / "evaluation.json", {"held_out_accuracy": found})
+        arms.setdefault(run.varies, []).append(found)
     print(f"held-out accuracy: {accuracy(RUNS / 'base' / 'final'):.2f} (before)")
     for arm, found in arms.items():
         seeds = ", ".join(f"{share:.2f}" for share in found)

@@ -14,7 +14,8 @@ LacunaError            exit 2, one message, no traceback
 Interrupted            exit 128 + signal: stopped on request, everything is saved
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,18 @@ class MissingExtraError(LacunaError):
 
     def __init__(self, extra: str, module: str) -> None:
         super().__init__(f"this command needs {module!r}, which is not installed: {install_command(extra)}")
+
+
+@contextmanager
+def needs_extra(extra: str, module: str) -> Iterator[None]:
+    """For what is imported within; module: what to name where Python does not say which one it misses.
+
+    Raises MissingExtraError where that is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(extra, error.name or module) from error
 
 
 class Interrupted(BaseException):

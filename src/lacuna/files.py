@@ -1,12 +1,13 @@
-"""Files written whole, their hashes, and paths that name nobody."""
+"""Files written whole, their hashes, their locks, and paths that name nobody."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def sha256_of(file: Path) -> str:
@@ -40,6 +41,28 @@ def write_json(path: Path, data: Any) -> None:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def try_lock(file: IO[str] | int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file, or say that another has it; whatever ends the process closes the file, and frees it.
+
+    Raises OSError where the file system has no locks.
+    # ref: https://man7.org/linux/man-pages/man2/flock.2.html (a lock belongs to the open file, which children share)
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file, as far as this machine can see."""
+    try:
+        with path.open() as file:
+            return not try_lock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
 
 
 def without_home(text: str) -> str:

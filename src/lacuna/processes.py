@@ -8,12 +8,31 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_SECONDS = 0.5
 TAIL_CHUNKS = 64
+
+
+def how_killed(number: int) -> str:
+    """`killed by SIGKILL (the system does that when memory runs out)`"""
+    hint = " (the system does that when memory runs out)" if number == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(number).name}{hint}"
+
+
+def send(number: int, processes: "Iterable[psutil.Process]") -> None:
+    """A signal to those of them that are still there."""
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 class Asked:
@@ -71,11 +90,9 @@ def run_torchrun(words: Sequence[str]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         told: set[psutil.Process] = set()
         while True:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 return asked.exit_code(child.wait(LOOK_SECONDS))
-            except subprocess.TimeoutExpired:
-                untold = set(psutil.Process(child.pid).children()) - told if asked.signals else set()
-            for process in untold:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(asked.signals[0])
-            told |= untold
+            if asked.signals:
+                untold = set(psutil.Process(child.pid).children()) - told
+                send(asked.signals[0], untold)
+                told |= untold

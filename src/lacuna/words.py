@@ -17,6 +17,13 @@ def varies(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its cells one below another; all rows have as many."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """`; did you mean 'x'?`, or nothing where nothing is near."""
     nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)

@@ -161,13 +161,13 @@ def test_runs_are_found_from_any_directory_and_after_a_move(
     for output in (folder / "made", elsewhere / "made"):
         assert run("lacuna", "generate", study, "--no-validate", output=output).code == 0
     assert f"\ndirectory: ~/{folder.name}\n" in (elsewhere / "made" / "run_mapping.yaml").read_text()
-    assert read_mapping("made").folder(1) == Path("out/run_001")
+    assert read_mapping("made").run(1).folder == Path("out/run_001")
     monkeypatch.chdir(elsewhere)
     for made in (folder / "made", elsewhere / "made"):
-        assert Path(str(read_mapping(made).folder(1))).resolve() == folder / "out/run_001"
+        assert Path(str(read_mapping(made).run(1).folder)).resolve() == folder / "out/run_001"
     folder.rename(elsewhere / "moved")
-    assert read_mapping("moved/made").folder(1) == Path("moved/out/run_001")
-    assert read_mapping("made").folder(1) == Path("out/run_001")
+    assert read_mapping("moved/made").run(1).folder == Path("moved/out/run_001")
+    assert read_mapping("made").run(1).folder == Path("out/run_001")
 
 
 def test_the_mapping_keeps_how_the_runs_start_on_the_cluster(run: Run, folder: Path) -> None:

@@ -23,7 +23,7 @@ from lacuna.config.trainers import load_trainer_config
 from lacuna.config.training import SFTConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import Message
-from lacuna.errors import MissingExtraError, ModelError
+from lacuna.errors import ModelError, needs_extra
 from lacuna.machine.detect import choose_device
 from lacuna.runs.identity import first_day_of
 from lacuna.train.checkpoint import restore_weights
@@ -131,10 +131,8 @@ class Pieces(BaseStreamer):
 
 @contextmanager
 def _needing_peft() -> Iterator[None]:
-    try:
+    with needs_extra("finetune", "peft"):
         yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune", error.name or "peft") from error
 
 
 def load(found: FoundModel, tell: Tell) -> LocalModel:

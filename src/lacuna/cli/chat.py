@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lacuna.chat.settings import Settings
-from lacuna.cli.flags import FLAGS, HELP
-from lacuna.errors import ConfigError, MissingExtraError
+from lacuna.cli.flags import FLAGS, HELP, VERBOSE, json_option
+from lacuna.errors import ConfigError, MissingExtraError, needs_extra
 from lacuna.visible import visible
 from lacuna.words import shown
 
@@ -44,10 +44,8 @@ def load_local(found: "FoundModel") -> "Model":
     from lacuna.data.hub import models_on_the_hub, stay_offline
 
     stay_offline(models_on_the_hub(found.model))
-    try:
+    with needs_extra("chat", "torch"):
         from lacuna.chat.local import load
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("chat", error.name or "torch") from error
     tell(f"loading {found.name}{f' ({found.note})' if found.note else ''}")
     model = load(found, tell)
     tell(f"{model.name} on {model.execution.device.name}, {str(model.execution.dtype).removeprefix('torch.')}")
@@ -64,11 +62,11 @@ def load_local(found: "FoundModel") -> "Model":
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
 @CHANGED_BASE
 @setting_options()
-@click.option("--json", "as_json", is_flag=True, help="Answer lines of standard input, each by a line of JSON.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@json_option("Answer lines of standard input, each by a line of JSON.")
+@VERBOSE
 def chat(
     model: str | None, adapter: str | None, base_url: str | None, api_key_env: str | None, system: str | None,
-    allow_changed_base: bool, as_json: bool, verbose: bool, **settings: str,
+    allow_changed_base: bool, as_json: bool, **settings: str,
 ) -> None:  # fmt: skip
     """Talk to a model: by default, the newest finished run below runs/.
 
@@ -108,9 +106,9 @@ def chat(
 @click.option("--output", metavar="FILE", help="A new file that gets the answers as jsonl.")
 @CHANGED_BASE
 @setting_options(temperature=0)
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@VERBOSE
 def compare(
-    models: tuple[str, ...], prompts: str, output: str | None, allow_changed_base: bool, verbose: bool, **settings: str
+    models: tuple[str, ...], prompts: str, output: str | None, allow_changed_base: bool, **settings: str
 ) -> None:
     """Answers of several models to the same prompts, side by side.
 
@@ -127,10 +125,8 @@ def compare(
     from lacuna.data.hub import models_on_the_hub, stay_offline
 
     stay_offline([name for model in found for name in models_on_the_hub(model.model)])
-    try:
+    with needs_extra("chat", "torch"):
         from lacuna.chat import compare as models_beside
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("chat", error.name or "torch") from error
     models_beside.check_output(output)
     asked = models_beside.read_prompts(prompts)
     models_beside.show(models_beside.compare(found, asked, drawn, output, tell))

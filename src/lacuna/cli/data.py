@@ -5,21 +5,19 @@ import sys
 import click
 
 from lacuna.cli.chat import CHANGED_BASE
-from lacuna.cli.flags import HELP
-from lacuna.errors import MissingExtraError
+from lacuna.cli.flags import HELP, VERBOSE, json_option
+from lacuna.errors import needs_extra
 
 
 @click.command(context_settings=HELP)
 @click.argument("run_folder", metavar="RUN")
 @click.option("--output", metavar="DIR", required=True, help="Where the merged model goes; a new folder.")
 @CHANGED_BASE
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def merge(run_folder: str, output: str, allow_changed_base: bool, verbose: bool) -> None:
+@VERBOSE
+def merge(run_folder: str, output: str, allow_changed_base: bool) -> None:
     """Write the model of RUN (a run, its final folder or any adapter) with the adapter merged into its weights."""
-    try:
+    with needs_extra("finetune", "peft"):
         from lacuna.finetune.merge import merge as write
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune", error.name or "peft") from error
     click.echo(write(run_folder, output, allow_changed_base))
 
 
@@ -29,9 +27,9 @@ def merge(run_folder: str, output: str, allow_changed_base: bool, verbose: bool)
     "--config", "configs", metavar="CONFIG", multiple=True, required=True, help="Of any trainer; later ones win."
 )
 @click.option("--show", "samples", type=click.IntRange(0), default=2, show_default=True, help="Samples of each file.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json: bool, verbose: bool) -> None:
+@json_option("Print all of it as one JSON object.")
+@VERBOSE
+def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json: bool) -> None:
     """Show what the model will see of CONFIG's data, or of FILE... instead: the first as training data, others as
     validation data.
 
@@ -42,9 +40,7 @@ def data(files: tuple[str, ...], configs: tuple[str, ...], samples: int, as_json
 
     config = load_trainer_config(configs)
     stay_offline_if_unreachable(config)
-    try:
+    with needs_extra("train", "transformers"):
         from lacuna.preflight.preview_text import look
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("train", error.name or "transformers") from error
     if look(config, files, samples, as_json):
         sys.exit(1)

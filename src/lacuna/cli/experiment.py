@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from lacuna.cli.flags import HELP
+from lacuna.cli.flags import HELP, VERBOSE, json_option
 from lacuna.errors import ConfigError
-from lacuna.words import did_you_mean, shown
+from lacuna.words import aligned, did_you_mean, varies
 
 SHOWN_RUNS = 20
 
@@ -21,8 +21,8 @@ SHOWN_RUNS = 20
 @click.option("--no-validate", is_flag=True, help="Write configs that nobody has checked.")
 @click.option("--strict", is_flag=True, help="Refuse what could not start here: otherwise that is a warning.")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@json_option("Print what was written as JSON.")
+@VERBOSE
 def generate(
     experiment: str,
     output: str,
@@ -31,7 +31,6 @@ def generate(
     strict: bool,
     torchtune_python: str | None,
     as_json: bool,
-    verbose: bool,
 ) -> None:
     """Write a complete config for each run of an experiment, and run_mapping.yaml.
 
@@ -62,8 +61,7 @@ def generate(
     click.echo(f"✓ Loaded base config: {done.base}")
     click.echo(f"✓ Generated {len(done.runs)} config{'s' * (len(done.runs) != 1)} in {done.output.rstrip('/')}/")
     for run in done.runs[:SHOWN_RUNS]:
-        settings = {**run.settings, **({"seed": run.seed} if run.seed is not None else {})}
-        varied = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+        varied = varies(run.settings if run.seed is None else {**run.settings, "seed": run.seed})
         click.echo(f"  - {os.path.join(done.output, run.id)}.yaml{f' ({varied})' if varied else ''}")
     if len(done.runs) > SHOWN_RUNS:
         click.echo(f"  … and {len(done.runs) - SHOWN_RUNS} more, to {done.runs[-1].id}.yaml")
@@ -78,8 +76,8 @@ def generate(
 @click.command(context_settings=HELP)
 @click.argument("pattern", default="")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
+@VERBOSE
+def recipes(pattern: str, torchtune_python: str | None) -> None:
     """List torchtune's configs: name, model, method, devices, recipe. PATTERN: part of a name, or with * and ?."""
     from lacuna.torchtune.environment import list_recipes
 
@@ -90,9 +88,8 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
         raise ConfigError(f"no config of torchtune's matches {pattern!r}{hint}; `lacuna recipes` lists all")
     rows = [(r.config, r.model, r.method, "several" if r.distributed else "one", r.recipe) for r in found]
     rows.insert(0, ("config", "model", "method", "devices", "recipe"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned(rows):
+        click.echo(line)
 
 
 @click.command(context_settings=HELP)
@@ -105,7 +102,7 @@ def recipes(pattern: str, torchtune_python: str | None, verbose: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace the configs of another experiment there.")
 @click.option("--submit", is_flag=True, help="Submit the scripts by sbatch.")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@VERBOSE
 def slurm(
     target: str,
     cluster: str | None,
@@ -114,7 +111,6 @@ def slurm(
     force: bool,
     submit: bool,
     torchtune_python: str | None,
-    verbose: bool,
 ) -> None:
     """Write batch scripts: one array for an experiment or a folder of generated configs, one job for one config."""
     from lacuna.launch.slurm import write_scripts
@@ -137,8 +133,8 @@ def slurm(
 @click.argument("index", type=int, required=False)
 @click.option("--sha256", help="What the mapping, or the config, must have.")
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def start(target: str, index: int | None, sha256: str | None, torchtune_python: str | None, verbose: bool) -> None:
+@VERBOSE
+def start(target: str, index: int | None, sha256: str | None, torchtune_python: str | None) -> None:
     """Become run INDEX of a run_mapping.yaml, or the run of one config: what a SLURM job calls."""
     from lacuna.launch.start import start as become
 
@@ -147,9 +143,9 @@ def start(target: str, index: int | None, sha256: str | None, torchtune_python: 
 
 @click.command(context_settings=HELP)
 @click.argument("where", metavar="DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def status(where: str, as_json: bool, verbose: bool) -> None:
+@json_option("Print the rows as JSON.")
+@VERBOSE
+def status(where: str, as_json: bool) -> None:
     """Every run's state, step, loss, speed, restarts, job and reason of failure.
 
     DIR: a run folder, a folder of run folders, or a folder of generated configs (its run_mapping.yaml).

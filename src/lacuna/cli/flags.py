@@ -1,4 +1,4 @@
-"""Settings of the flat configs as flags of a command."""
+"""Options of commands, and the settings of the flat configs as flags."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args, get_origin
@@ -15,6 +15,13 @@ from lacuna.words import shown
 FLAGS = "the command line"
 HELP = {"max_content_width": 110}
 """How click lays out a command's help."""
+VERBOSE = click.option("--verbose", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+"""Each command takes it; who runs the command looks for it (lacuna.cli.main)."""
+
+
+def json_option(help: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--json`, which the command gets as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
 
 
 def config_options(model: type[TrainingConfig]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -18,14 +18,14 @@ from lacuna.cli import platform as platform_commands
 from lacuna.cli import replay as replay_commands
 from lacuna.cli import report as report_commands
 from lacuna.cli import run as run_commands
-from lacuna.cli.flags import FLAGS, HELP, config_files, config_options, resolve
+from lacuna.cli.flags import FLAGS, HELP, VERBOSE, config_files, config_options, resolve
 from lacuna.config.files import Layer, flag_name, read_layer
 from lacuna.config.training import FLAT, TrainingConfig
 from lacuna.config.trees import leaves
-from lacuna.errors import ConfigError, Interrupted, LacunaError, MissingExtraError
+from lacuna.errors import ConfigError, Interrupted, LacunaError, needs_extra
 from lacuna.version import __version__
 from lacuna.visible import visible
-from lacuna.words import shown
+from lacuna.words import aligned, shown
 
 FILES = "YAML or TOML; later ones win. auto: the shipped preset that fits this machine."
 
@@ -65,11 +65,8 @@ def run_trainer(name: str, files: tuple[str, ...], flags: dict[str, str | None],
 
     stay_offline_if_unreachable(config)
     os.environ.setdefault(*YIELDING_THREADS)
-    try:
-        with fast_imports():
-            from lacuna.train.start import train
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("train", error.name or "torch") from error
+    with needs_extra("train", "torch"), fast_imports():
+        from lacuna.train.start import train
     if dry_run:
         show_dry_run(config, ())
     else:
@@ -99,18 +96,16 @@ def starts_processes(gpus: int) -> bool:
 
 
 def launch_processes(name: str, config: TrainingConfig) -> None:
-    try:
+    with needs_extra("train", "torch"):
         from lacuna.launch.local import launch
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("train", error.name or "torch") from error
     words = sys.argv[1:] if Path(sys.argv[0]).stem in ("lacuna", "__main__") else [name, *sys.argv[1:]]
     launch(words, config.gpus, config.max_restarts, config.device, config.run_folder)
 
 
 @click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="lacuna")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def lacuna(verbose: bool) -> None:
+@VERBOSE
+def lacuna() -> None:
     """Train language models, and know that the run was the one you asked for."""
 
 
@@ -119,8 +114,8 @@ def lacuna(verbose: bool) -> None:
 @config_options(FLAT["pretrain"])
 @DRY_RUN
 @AGAIN
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def pretrain(files: tuple[str, ...], dry_run: bool, again: bool, verbose: bool, **flags: str | None) -> None:
+@VERBOSE
+def pretrain(files: tuple[str, ...], dry_run: bool, again: bool, **flags: str | None) -> None:
     """Next-token prediction on plain text.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
@@ -133,8 +128,8 @@ def pretrain(files: tuple[str, ...], dry_run: bool, again: bool, verbose: bool, 
 @config_options(FLAT["sft"])
 @DRY_RUN
 @AGAIN
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def sft(files: tuple[str, ...], dry_run: bool, again: bool, verbose: bool, **flags: str | None) -> None:
+@VERBOSE
+def sft(files: tuple[str, ...], dry_run: bool, again: bool, **flags: str | None) -> None:
     """Supervised fine-tuning: the loss is on the assistant's tokens only.
 
     Settings come from TOML or YAML files, each after an @, and from flags; later ones win.
@@ -182,12 +177,9 @@ def finetune(
         launch_processes("finetune", config)
         return
     os.environ.setdefault(*YIELDING_THREADS)
-    try:
-        with fast_imports():
-            from lacuna.finetune.start import finetune as train
-            from lacuna.finetune.start import with_folder
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune", error.name or "trl") from error
+    with needs_extra("finetune", "trl"), fast_imports():
+        from lacuna.finetune.start import finetune as train
+        from lacuna.finetune.start import with_folder
     if dry_run:
         show_dry_run(*with_folder(config, resume))
     else:
@@ -197,8 +189,8 @@ def finetune(
 @lacuna.command(context_settings={**HELP, "ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [--SETTING VALUE]...")
 @click.option("--trainer", type=click.Choice([*FLAT, "finetune"]), help="Where no file says it by its `trainer` key.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> None:
+@VERBOSE
+def explain(arguments: tuple[str, ...], trainer: str | None) -> None:
     """Print every setting of CONFIG..., and the file and line, flag or default that it came from."""
     from lacuna.config.layers import load_finetune, parse_settings
     from lacuna.config.trainers import CONFIGS, trainer_of
@@ -225,7 +217,7 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
         stray = flags.pop("files")
         if stray:
             raise ConfigError(f"{stray[0]!r}: files come before flags")
-        del flags["verbose"], flags["dry_run"], flags["again"]
+        del flags["dry_run"], flags["again"]
         flat, origins = resolve(FLAT[name], files, flags)
         settings = flat.written()
     print_settings(dict(leaves(settings)), origins)
@@ -233,10 +225,8 @@ def explain(arguments: tuple[str, ...], trainer: str | None, verbose: bool) -> N
 
 def print_settings(settings: Mapping[str, object], origins: Mapping[str, Layer]) -> None:
     """Each setting, its value, and where that came from."""
-    rows = [(name, shown(value), _origin(name, origins)) for name, value in settings.items()]
-    widths = [max(len(str(row[column])) for row in rows) for column in (0, 1)]
-    for name, value, origin in rows:
-        click.echo(f"{name:{widths[0]}}  {value!s:{widths[1]}}  {origin}")
+    for line in aligned([(name, shown(value), _origin(name, origins)) for name, value in settings.items()]):
+        click.echo(line)
 
 
 def _origin(name: str, origins: Mapping[str, Layer]) -> str:

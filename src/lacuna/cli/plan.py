@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from lacuna.cli.flags import HELP
-from lacuna.errors import MissingExtraError
+from lacuna.cli.flags import HELP, VERBOSE, json_option
+from lacuna.errors import needs_extra
 
 
 @click.command(context_settings=HELP)
@@ -16,11 +16,11 @@ from lacuna.errors import MissingExtraError
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Model FLOPs utilisation to take for the time.")
 @click.option("--trace", is_flag=True, help="Count the memory in the real step, run on tensors without data (seconds).")
 @click.option("--torchtune", "torchtune_python", metavar="PYTHON", help="Python of torchtune's environment.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@json_option("Print everything as one JSON object.")
+@VERBOSE
 def plan(
     sources: tuple[str, ...], device: str | None, mfu: float | None, trace: bool, torchtune_python: str | None,
-    as_json: bool, verbose: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Memory, time, tokens and disk of a run, or of all runs of an experiment, before anything is trained.
 
@@ -30,10 +30,8 @@ def plan(
     from lacuna.preflight.command import make_plans
     from lacuna.preflight.show import show, show_all
 
-    try:
+    with needs_extra("finetune" if trace else "train", "torch"):
         name, plans, notes = make_plans(sources, device, mfu, trace, torchtune_python)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("finetune" if trace else "train", error.name or "torch") from error
     if as_json:
         dumped = [{**asdict(one), "peak": one.peak, "gpu_hours": one.gpu_hours} for one in plans]
         click.echo(json.dumps({"name": name, "runs": dumped, "notes": notes}, ensure_ascii=False))

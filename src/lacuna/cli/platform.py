@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lacuna.cli.flags import HELP
-from lacuna.errors import MissingExtraError
+from lacuna.cli.flags import HELP, VERBOSE, json_option
+from lacuna.errors import MissingExtraError, needs_extra
+from lacuna.words import aligned
 
 if TYPE_CHECKING:
     from lacuna.machine.detect import Device
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 def _devices() -> "list[Device]":
     from lacuna.machine.detect import accelerators
 
-    try:
+    with needs_extra("train", "torch"):
         return accelerators()
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("train", error.name or "torch") from error
 
 
 def with_preset(files: Sequence[str]) -> list[str]:
@@ -38,9 +37,9 @@ def with_preset(files: Sequence[str]) -> list[str]:
 
 
 @click.command(context_settings=HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def presets(as_json: bool, verbose: bool) -> None:
+@json_option("Print them as JSON.")
+@VERBOSE
+def presets(as_json: bool) -> None:
     """List the shipped configs, what each is for, and which one `finetune --config auto` takes here."""
     from lacuna.machine.presets import Choice, choose_preset, list_presets
 
@@ -52,17 +51,16 @@ def presets(as_json: bool, verbose: bool) -> None:
     if as_json:
         click.echo(json.dumps({"presets": [asdict(row) for row in rows], "auto": asdict(choice)}, ensure_ascii=False))
         return
-    width = max(len(row.file) for row in rows)
-    for row in rows:
-        click.echo(f"{row.file:{width}}  {row.trainer:8}  {row.purpose}")
+    for line in aligned([(row.file, row.trainer, row.purpose) for row in rows]):
+        click.echo(line)
     click.echo(f"\nfinetune --config auto takes {choice.file or 'none of them here'}: {choice.reason}")
 
 
 @click.command(context_settings=HELP)
 @click.argument("configs", nargs=-1, metavar="[CONFIG]...")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def doctor(configs: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+@json_option("Print everything as one JSON object.")
+@VERBOSE
+def doctor(configs: tuple[str, ...], as_json: bool) -> None:
     """Try what training needs on this machine, and say how to mend what does not work.
 
     With CONFIG (of any trainer, torchtune's too), or a folder of generated configs: also whether that run, or these,

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import click
 
-from lacuna.cli.flags import HELP
+from lacuna.cli.flags import HELP, VERBOSE
 from lacuna.errors import RunError
 
 
 @click.command(context_settings=HELP)
 @click.argument("run", metavar="RUN")
 @click.option("--output", metavar="FILE", help="A new file for the config. Default: it is printed.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
-def replay(run: str, output: str | None, verbose: bool) -> None:
+@VERBOSE
+def replay(run: str, output: str | None) -> None:
     """Write the config of RUN again, byte for byte, and say what has changed around it since."""
     from lacuna.reports.replay import repeat_command
     from lacuna.reports.replay import replay as look

@@ -4,7 +4,7 @@ from typing import Literal
 
 import click
 
-from lacuna.cli.flags import HELP
+from lacuna.cli.flags import HELP, VERBOSE, json_option
 
 
 @click.command(context_settings=HELP)
@@ -13,8 +13,8 @@ from lacuna.cli.flags import HELP
 @click.option("--goal", type=click.Choice(["lowest", "highest"]), help="What is better, where no name says it.")
 @click.option("--html", metavar="FILE", help="Write the report as one page.")
 @click.option("--csv", metavar="FILE", help="Write a row for each run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@json_option("Print the numbers as JSON.")
+@VERBOSE
 def report(
     where: str,
     metric: str | None,
@@ -22,7 +22,6 @@ def report(
     html: str | None,
     csv: str | None,
     as_json: bool,
-    verbose: bool,
 ) -> None:
     """Compare the arms of an experiment: means over seeds, effects, differences, costs, and a verdict.
 

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from lacuna.cli.flags import HELP
+from lacuna.cli.flags import HELP, VERBOSE
 
 
 @click.command(context_settings=HELP)
@@ -22,7 +22,7 @@ from lacuna.cli.flags import HELP
     help="Train those anew that are finished, but whose data or model have changed since; their folders are kept.",
 )
 @click.option("--torchtune-python", metavar="PYTHON", help="The Python of torchtune's environment.")
-@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+@VERBOSE
 def run(
     target: str,
     configs: str | None,
@@ -34,7 +34,6 @@ def run(
     output: str | None,
     again: bool,
     torchtune_python: str | None,
-    verbose: bool,
 ) -> None:
     """Run what is missing or unfinished of an experiment; a second call goes on, and leaves finished runs alone.
 

@@ -10,6 +10,7 @@ from lacuna.errors import ConfigError
 from lacuna.words import did_you_mean
 
 CONFIGS: dict[str, type[TrainingConfig]] = {**FLAT, "finetune": FinetuneConfig}
+NO_TRAINER = f"no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, CONFIGS))}"
 
 
 def top_keys(model: type[TrainingConfig]) -> list[str]:
@@ -21,6 +22,15 @@ def trainer_of(values: Mapping[str, Any]) -> Any:
     """What a file's `trainer` key says; without one, a file with finetune's sections is finetune's. Else None."""
     has_sections = {"model", "dataset", "training"} <= values.keys() <= {*top_keys(FinetuneConfig)}
     return values.get("trainer", "finetune" if has_sections else None)
+
+
+def named_trainer(layer: Layer) -> str:
+    """The trainer of lacuna's that a file is for. Raises ConfigError where there is none of that name."""
+    trainer = trainer_of(layer.values)
+    if not isinstance(trainer, str) or trainer not in CONFIGS:
+        hint = did_you_mean(str(trainer), [*CONFIGS])
+        raise ConfigError(f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are")
+    return trainer
 
 
 def is_torchtune(layer: Layer) -> bool:
@@ -35,16 +45,10 @@ def load_trainer_config(files: Sequence[str]) -> TrainingConfig:
     Raises ConfigError that lists every problem with its file and line.
     """
     layers = [read_layer(file) for file in files]
-    named = [(layer, trainer) for layer in layers if (trainer := trainer_of(layer.values)) is not None]
-    if not named:
-        raise ConfigError(
-            f"{', '.join(files)}: no `trainer` key says what this is for: add trainer = "
-            f"{' or '.join(map(repr, CONFIGS))}"
-        )
-    layer, trainer = named[-1]
-    if not isinstance(trainer, str) or trainer not in CONFIGS:
-        hint = did_you_mean(str(trainer), [*CONFIGS])
-        raise ConfigError(f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are")
+    naming = [layer for layer in layers if trainer_of(layer.values) is not None]
+    if not naming:
+        raise ConfigError(f"{', '.join(files)}: {NO_TRAINER}")
+    trainer = named_trainer(naming[-1])
     model = CONFIGS[trainer]
     values, origins = merge_layers(layers, model.alternatives)
     return check(model, values, origins, flag_name if trainer in FLAT else set_flag)

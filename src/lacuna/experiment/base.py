@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lacuna.config.files import Layer, read_layer
-from lacuna.config.trainers import CONFIGS, trainer_of
+from lacuna.config.trainers import NO_TRAINER, named_trainer, trainer_of
 from lacuna.errors import ConfigError
 from lacuna.experiment.schema import Experiment
 from lacuna.torchtune.environment import (
@@ -75,16 +75,9 @@ def load_own(layer: Layer, recipe: str | None, gpus: int | None, torchtune_pytho
     """An own config: with a `trainer` key, or as TOML, it is lacuna's, otherwise torchtune's."""
     trainer = trainer_of(layer.values)
     if trainer is None and layer.name.endswith(".toml"):
-        raise ConfigError(
-            f"{layer.name}: no `trainer` key says what this is for: add trainer = {' or '.join(map(repr, CONFIGS))}"
-        )
+        raise ConfigError(f"{layer.name}: {NO_TRAINER}")
     if trainer is not None:
-        if trainer not in CONFIGS:
-            hint = did_you_mean(str(trainer), list(CONFIGS))
-            raise ConfigError(
-                f"{layer.where('trainer')}: no trainer is called {trainer!r}{hint}; {', '.join(CONFIGS)} are"
-            )
-        return Base(layer.name, trainer, layer.values, layer.lines, None, None, False, 1, ())
+        return Base(layer.name, named_trainer(layer), layer.values, layer.lines, None, None, False, 1, ())
     if not layer.values:
         raise ConfigError(f"{layer.name}: the config is empty")
     environment = find_environment(torchtune_python)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lacuna.config.yaml_format import parse_yaml
 from lacuna.errors import ConfigError, Problem
-from lacuna.files import digest, write_whole
+from lacuna.files import digest, try_lock, write_whole
 from lacuna.runs.mapping import MAPPING, SEAL
 
 STAGE = ".generating"
@@ -59,9 +59,7 @@ def _alone_in(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         handle = os.open(output, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(handle):
             print(f"another process generates into {output}: waiting for it", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         try:

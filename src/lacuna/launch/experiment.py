@@ -72,62 +72,91 @@ def run(
     """
     _check_options(target, configs, force, jobs, slurm, cluster, output)
     console = Console(highlight=False)
-    problems: list[Problem] | None
-    if isinstance(target, Mapping):
-        done = generate(target, configs or "configs", force=force, torchtune_python=torchtune_python)
-        target, notes, problems = done.output, done.notes, done.warnings
-    else:
-        target, notes, problems = with_configs(target, configs or "configs", force, torchtune_python)
-    for note in notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
-    mapping = read_mapping(target)
+    mapping, problems = _generated(target, configs or "configs", force, torchtune_python, console)
     chosen = choose(mapping, [only] if isinstance(only, str) else only)
     missing, finished = missing_and_finished(mapping, chosen)
-    others = with_other_inputs(mapping, finished)
-    if others and not again:
-        raise OtherInputsError(list(_tell_others(others, len(finished))))
-    queued = {row.run: row for row in _rows(mapping, chosen) if _is_queued(row)}
-    for id, row in list(queued.items())[:SHOWN_FAILURES]:
-        console.print(f"note: {id} is {row.state} in SLURM's job {row.job}: left to it", soft_wrap=True, markup=False)
-    missing = [run for run in missing if run.id not in queued]
-    wanted = [*missing, *(run for run, _ in others)]
+    stale = with_other_inputs(mapping, finished)
+    if stale and not again:
+        raise OtherInputsError(list(_tell_stale(stale, len(finished))))
+    wanted = [*_unqueued(missing, _rows(mapping, chosen), console), *(run for run, _ in stale)]
     if problems is None:
         problems = problems_of(mapping, [run.index for run in wanted], torchtune_python)
     refuse(problems, [run.id for run in wanted])
-    if others:
-        for run, _ in others:
-            console.print(f"note: {run.id}, finished, is kept: {put_aside(run.folder)}", soft_wrap=True, markup=False)
-        missing, finished = missing_and_finished(mapping, chosen)
-        missing = [run for run in missing if run.id not in queued]
+    for run, _ in stale:
+        _note(f"{run.id}, finished, is kept: {put_aside(run.folder)}", console)
+    missing = sorted(wanted, key=lambda run: run.index)
+    started_anew = {run.id for run, _ in stale}
+    finished = [run for run in finished if run.id not in started_anew]
     place = os.path.relpath(mapping.file.parent)
     if slurm:
         return _submit(mapping, chosen, missing, place, cluster, output or "slurm", torchtune_python, console)
     if not missing:
         rows = _rows(mapping, chosen)
         console.print(f"already finished: {len(finished)} of {len(rows)} runs")
-        return Outcome(place, rows, 0 if len(finished) == len(rows) else 1, [])
+        return Outcome(place, rows, int(len(finished) < len(rows)), [])
     parts = _shares(mapping, jobs or 1)
+    with Board(missing, finished, len(parts), console) as board:
+        signals = execute(missing, _words(mapping, torchtune_python), mapping.directory, parts, board)
+    rows = [_known(row, board) for row in _rows(mapping, chosen)]
+    _tell(rows, missing, _same_again(place, rows, only, jobs), bool(signals), console)
+    if signals:
+        return Outcome(place, rows, 128 + signals[0], [])
+    return Outcome(place, rows, int(any(row.state != "finished" for row in rows)), [])
+
+
+def _generated(
+    target: str | Path | Mapping[str, Any], configs: str, force: bool, torchtune_python: str | None, console: Console
+) -> tuple[RunMapping, list[Problem] | None]:
+    """The mapping of an experiment's runs, and what keeps them from starting here, where generating has shown that."""
+    problems: list[Problem] | None
+    if isinstance(target, Mapping):
+        done = generate(target, configs, force=force, torchtune_python=torchtune_python)
+        target, notes, problems = done.output, done.notes, done.warnings
+    else:
+        target, notes, problems = with_configs(target, configs, force, torchtune_python)
+    for note in notes:
+        _note(note, console)
+    return read_mapping(target), problems
+
+
+def _note(text: str, console: Console) -> None:
+    console.print(f"note: {text}", soft_wrap=True, markup=False)
+
+
+def _unqueued(missing: Sequence[GeneratedRun], rows: Sequence[RunStatus], console: Console) -> list[GeneratedRun]:
+    """The runs that SLURM has in no job; of the others it is said."""
+    queued = {row.run: row for row in rows if _is_queued(row)}
+    for row in list(queued.values())[:SHOWN_FAILURES]:
+        _note(f"{row.run} is {row.state} in SLURM's job {row.job}: left to it", console)
+    return [run for run in missing if run.id not in queued]
+
+
+def _words(mapping: RunMapping, torchtune_python: str | None) -> list[str]:
+    """Of `lacuna start`, before the run's index."""
     words = ["--sha256", mapping.sha256, str(mapping.file)]
     if mapping.head["trainer"] == "torchtune" and torchtune_python is not None:
-        words = ["--torchtune-python", torchtune_python, *words]
-    with Board(missing, finished, len(parts), console) as board:
-        signals = execute(missing, words, mapping.directory, parts, board)
-    rows = [_known(row, board) for row in _rows(mapping, chosen)]
-    same = ["lacuna", "run", place, *(["--only", ",".join(row.run for row in rows)] if only else [])]
-    same += ["--jobs", str(jobs)] if jobs is not None else []
-    _tell(rows, missing, shlex.join(same), bool(signals), console)
-    all_finished = all(row.state == "finished" for row in rows)
-    return Outcome(place, rows, 128 + signals[0] if signals else 0 if all_finished else 1, [])
+        return ["--torchtune-python", torchtune_python, *words]
+    return words
 
 
-def _tell_others(others: Sequence[tuple[GeneratedRun, Sequence[str]]], finished: int) -> Iterator[str]:
+def _same_again(place: str, rows: Sequence[RunStatus], only: str | Sequence[str], jobs: int | None) -> str:
+    """The command that goes on with these runs."""
+    words = ["lacuna", "run", place]
+    if only:
+        words += ["--only", ",".join(row.run for row in rows)]
+    if jobs is not None:
+        words += ["--jobs", str(jobs)]
+    return shlex.join(words)
+
+
+def _tell_stale(stale: Sequence[tuple[GeneratedRun, Sequence[str]]], finished: int) -> Iterator[str]:
     runs: dict[str, list[str]] = {}
-    for run, changed in others:
+    for run, changed in stale:
         runs.setdefault(", ".join(changed), []).append(run.id)
     for changed, ids in runs.items():
         yield f"{span_of(ids)}: finished, but made of something else: {changed} changed since"
     yield (
-        f"{len(others)} of {finished} finished runs: nothing was started; --again trains these anew and keeps their "
+        f"{len(stale)} of {finished} finished runs: nothing was started; --again trains these anew and keeps their "
         "folders beside the new ones, --only starts others"
     )
 
@@ -193,7 +222,7 @@ def _submit(
     free = [run for run in missing if not (is_leased(run.folder) or is_held(run.folder))]
     for run in missing:
         if run not in free:
-            console.print(f"note: {run.id} runs in another process: left to it", soft_wrap=True, markup=False)
+            _note(f"{run.id} runs in another process: left to it", console)
     jobs = []
     if free:
         runs = [run.index for run in free]

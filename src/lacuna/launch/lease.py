@@ -4,11 +4,11 @@ The trainers' own lock is taken seconds after their start. This one is taken bef
 whichever of caller and run is killed, the other still holds it; when both are gone, so is the lock.
 """
 
-import fcntl
 import os
 from pathlib import Path
 
 from lacuna.errors import RunError
+from lacuna.files import is_locked, try_lock
 from lacuna.runs.folder import is_held
 
 LEASE = ".lease"
@@ -19,7 +19,6 @@ def take(folder: Path) -> int | None:
 
     Closing it frees the run, unless a process that it was handed to still lives.
     Raises RunError where the folder cannot be written, or its file system has no locks.
-    # ref: https://man7.org/linux/man-pages/man2/flock.2.html (a lock belongs to the open file, which children share)
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,26 +26,16 @@ def take(folder: Path) -> int | None:
     except OSError as error:
         raise RunError(f"output_dir {folder}: cannot be written: {error.strerror}") from None
     try:
-        fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lease)
-        return None
+        is_taken = try_lock(lease) and not is_held(folder)
     except OSError as error:
         os.close(lease)
         raise RunError(f"output_dir {folder}: its file system has no locks: {error.strerror}") from None
-    if is_held(folder):
-        os.close(lease)
-        return None
-    return lease
+    if is_taken:
+        return lease
+    os.close(lease)
+    return None
 
 
 def is_leased(folder: Path) -> bool:
     """Whether another caller, or a run that one has started, holds the run, as far as this machine can see."""
-    try:
-        with (folder / LEASE).open() as lease:
-            fcntl.flock(lease, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_locked(folder / LEASE)

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,10 +17,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lacuna.errors import Interrupted, LacunaError, LostProcessError
 from lacuna.files import write_json
 from lacuna.machine.detect import check_gpus
+from lacuna.processes import SIGNALS, how_killed, send
 from lacuna.runs.folder import is_held, read_status
 from lacuna.visible import visible
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP = (*SIGNALS, signal.SIGHUP)
 
 
 def launch(command: list[str], gpus: int, max_restarts: int, device: str, output_dir: str | None) -> None:
@@ -81,12 +81,9 @@ def _pass_on(asked: list[int]) -> None:
         number = signal.sigwait(STOP)
         asked.append(number)
         processes = psutil.Process().children()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                if asked.count(signal.SIGINT) > 1:
-                    process.kill()
-                else:
-                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        ends_at_once = asked.count(signal.SIGINT) > 1
+        obeyed = signal.SIGTERM if number == signal.SIGHUP else number
+        send(signal.SIGKILL if ends_at_once else obeyed, processes)
         if not processes:
             click.echo("stopped before anything was started", err=True)
             os._exit(128 + number)
@@ -99,8 +96,7 @@ def cause(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
     code = failure.exitcode
     if code >= 0:
         return code, f"process {rank} has ended with exit code {code}"
-    reason = f"process {rank} was killed by {signal.Signals(-code).name}"
-    return code, reason + (" (the system does that when memory runs out)" if code == -signal.SIGKILL else "")
+    return code, f"process {rank} was {how_killed(-code)}"
 
 
 def _note(output_dir: str | None, reason: str, is_certain: bool) -> None:

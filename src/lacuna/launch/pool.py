@@ -17,7 +17,7 @@ from lacuna.errors import LacunaError, RunError
 from lacuna.launch.board import Board
 from lacuna.launch.lease import take
 from lacuna.launch.selection import is_finished
-from lacuna.processes import Asked
+from lacuna.processes import Asked, how_killed, send
 from lacuna.runs.folder import OUTPUT_LOG, is_held, read_status, write_status
 from lacuna.runs.logs import last_words, tail
 from lacuna.runs.mapping import GeneratedRun
@@ -145,10 +145,8 @@ def _end(child: Child, is_stopping: bool, board: Board) -> None:
     status = read_status(run.folder) or {}
     is_told = status.get("time", 0) >= child.time and status.get("state") not in ("starting", "running")
     if code != 0 and not is_told and not is_stopping and not is_held(run.folder):
-        reason = last_words(tail(run.folder / OUTPUT_LOG, child.size)) or f"exit code {code}"
-        if code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
-            reason += " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
+        said = last_words(tail(run.folder / OUTPUT_LOG, child.size))
+        reason = how_killed(-code) if code < 0 else said or f"exit code {code}"
         with suppress(OSError):
             write_status(run.folder, "failed", status.get("step", 0), status.get("total_steps"), reason=reason)
     os.close(child.lease)
@@ -160,6 +158,5 @@ def _end(child: Child, is_stopping: bool, board: Board) -> None:
 def _kill(pid: int) -> None:
     """At once, with everything that it has started."""
     with suppress(psutil.NoSuchProcess):
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        run = psutil.Process(pid)
+        send(signal.SIGKILL, [run, *run.children(recursive=True)])

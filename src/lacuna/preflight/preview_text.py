@@ -14,7 +14,7 @@ from lacuna.config.finetune import FinetuneConfig
 from lacuna.config.training import TrainingConfig
 from lacuna.data.chat import Renderer
 from lacuna.data.formats import SHOWN_PROBLEMS
-from lacuna.errors import MissingExtraError
+from lacuna.errors import needs_extra
 from lacuna.preflight.preview import PartPreview, Preview, Shown, preview
 from lacuna.train.loading import load_tokenizer
 from lacuna.visible import escaped
@@ -33,10 +33,8 @@ STYLES = {
 def look(config: TrainingConfig, files: Sequence[str], samples: int, as_json: bool) -> bool:
     """Print a preview of the config's data or of files; whether a run would stop. Raises ModelError: no tokenizer."""
     if isinstance(config, FinetuneConfig):
-        try:
+        with needs_extra("finetune", "peft"):
             import lacuna.finetune.checks  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("finetune", error.name or "peft") from error
     renderer = Renderer(load_tokenizer(config), config.flag("chat_template"))
     found = preview(config, renderer, files, samples)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lacuna.config.trees import leaves
 from lacuna.config.yaml_format import dump_yaml
-from lacuna.errors import MissingExtraError
+from lacuna.errors import needs_extra
 from lacuna.files import write_whole
 from lacuna.reports.curves import plot_data
 from lacuna.reports.numbers import decimals, duration, full, interval, number, p_value, scale, text
@@ -29,11 +29,9 @@ TOTALS = {**HOURS, "tokens": BUDGET["tokens"]}
 
 def write_page(report: Report, file: Path) -> None:
     """Write the page. Raises MissingExtraError where plotly or jinja2 is not installed, OSError as writing does."""
-    try:
+    with needs_extra("report", "plotly"):
         import jinja2
         from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("report", error.name or "plotly") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,

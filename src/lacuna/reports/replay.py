@@ -1,6 +1,5 @@
 """A run's config as it was, and what has changed around it since. Nothing here imports torch."""
 
-import hashlib
 import math
 import os
 import shlex
@@ -14,6 +13,7 @@ from lacuna.config.trainers import CONFIGS, load_trainer_config, top_keys
 from lacuna.config.yaml_format import dump_yaml, parse_yaml
 from lacuna.data.hub import stay_offline_if_unreachable
 from lacuna.errors import LacunaError, RunError
+from lacuna.files import digest
 from lacuna.machine.detect import Device
 from lacuna.runs.folder import starts_of
 from lacuna.runs.provenance import data_facts, given_template, hardware, model_facts, software, tokenizer_facts
@@ -56,7 +56,7 @@ def replay(run: str | Path) -> Replay:
     if missing := [name for name in NEEDED if any(name not in one for one in starts)]:
         raise RunError(f"{folder / 'provenance.json'}: says nothing of {', '.join(missing)}: it cannot be compared")
     content = kept.read_bytes()
-    if hashlib.sha256(content).hexdigest() != start["config_sha256"]:
+    if digest(content) != start["config_sha256"]:
         raise RunError(f"{kept}: was edited since the run started: its SHA-256 is not {start['config_sha256']}")
     config, name, notes = (content, kept.name, []) if kept.suffix == ".yaml" else _as_given(kept, content, start)
     if (from_step := starts[0].get("from_step") or 0) > 0:
@@ -95,7 +95,7 @@ def _as_given(kept: Path, content: bytes, start: Mapping[str, Any]) -> tuple[byt
     generated = dump_yaml(in_order).encode()
     (given,) = start["config_files"]
     name = Path(given["path"]).name
-    if hashlib.sha256(generated).hexdigest() == given["sha256"]:
+    if digest(generated) == given["sha256"]:
         return generated, name, []
     return content, kept.name, [f"the run was started with other settings over {name}: this is all that it was made of"]
 

@@ -10,8 +10,6 @@ checkpoints/       step-00000500 …, each whole or absent
 final/             a Hugging Face folder
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import time
@@ -24,7 +22,7 @@ import tomli_w
 
 from lacuna.config.training import TrainingConfig
 from lacuna.errors import RunError
-from lacuna.files import write_json, write_whole
+from lacuna.files import digest, is_locked, try_lock, write_json, write_whole
 
 OUTPUT_LOG = "output.log"
 """What the starts of `lacuna run` have printed."""
@@ -57,7 +55,7 @@ def locked(folder: Path, seconds: float | None = None, whose: type[TrainingConfi
         raise RunError(f"{whose.spelled('output_dir')} {folder}: cannot be written: {error.strerror}") from error
     with lock:
         end = time.monotonic() + (patience(os.environ) if seconds is None else seconds)
-        while not _try_lock(lock, fcntl.LOCK_EX):
+        while not try_lock(lock):
             if time.monotonic() > end:
                 lock.seek(0)
                 raise RunError(
@@ -74,21 +72,9 @@ def locked(folder: Path, seconds: float | None = None, whose: type[TrainingConfi
         yield
 
 
-def _try_lock(lock: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def is_held(folder: Path) -> bool:
     """Whether a process is training in the run folder, as far as this machine can see."""
-    try:
-        with (folder / ".lock").open() as lock:
-            return not _try_lock(lock, fcntl.LOCK_SH)
-    except OSError:
-        return False
+    return is_locked(folder / ".lock")
 
 
 def refuse_foreign_folder(folder: Path, whose: type[TrainingConfig] = TrainingConfig) -> None:
@@ -126,7 +112,7 @@ def write_config(folder: Path, config: TrainingConfig) -> str:
     """config.toml; returns its SHA-256."""
     text = tomli_w.dumps(config.written(exclude_none=True))
     write_whole(folder / "config.toml", text)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text.encode())
 
 
 def starts_of(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from lacuna.config.training import PretrainConfig, SFTConfig, TrainingConfig
 from lacuna.data.find import find_files
 from lacuna.data.hub import hub_commit
 from lacuna.errors import ConfigError, DataError, MissingExtraError
-from lacuna.files import sha256_of, sha256_of_all, without_home, write_json
+from lacuna.files import digest, sha256_of, sha256_of_all, without_home, write_json
 from lacuna.machine.detect import Device, read_host
 from lacuna.runs.folder import read_status, starts_of
 from lacuna.runs.identity import file_entry
@@ -112,7 +112,7 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     return {
         "commit": commit.decode().strip(),
         "uncommitted_changes": bool(changes.strip()),
-        "diff_sha256": hashlib.sha256(difference).hexdigest() if difference else None,
+        "diff_sha256": digest(difference) if difference else None,
     }
 
 
@@ -220,7 +220,7 @@ def template_sha256(template: Any) -> str | None:
     if template is None:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text.encode())
 
 
 def given_template(config: TrainingConfig) -> str | None:
@@ -281,15 +281,15 @@ def weights_fingerprint(folder: Path) -> str:
     A file below 1 MiB is read whole. Of a larger one, a change between the samples is not seen: it tells models apart,
     and does not prove that every byte is the same.
     """
-    digest = hashlib.sha256()
+    fingerprint = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
+        fingerprint.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             if path.suffix == ".safetensors":
                 length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, size)))
+                fingerprint.update(file.read(min(length, size)))
             for number in range(SAMPLES):
                 file.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+                fingerprint.update(file.read(SAMPLE_BYTES))
+    return fingerprint.hexdigest()

@@ -1,6 +1,5 @@
 """What SLURM knows about jobs: one `squeue` and one `sacct` for all, kept for a while, for schedulers are busy."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lacuna.files import write_whole
+from lacuna.files import digest, write_whole
 
 KEPT_SECONDS = 30
 OVER = {
@@ -75,7 +74,7 @@ def read_past(jobs: Iterable[str]) -> dict[str, JobState]:
 def _ask(words: Sequence[str]) -> tuple[str, float | None]:
     """What a program printed, now or within the last half minute; nothing, and no time, where it cannot answer."""
     cluster = os.environ.get("SLURM_CONF", "")
-    name = hashlib.sha256("\0".join([cluster, *words]).encode()).hexdigest()[:16]
+    name = digest("\0".join([cluster, *words]).encode())[:16]
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacuna" / f"slurm_{name}.json"
     try:
         kept = json.loads(file.read_text())

@@ -17,6 +17,7 @@ from lacuna.runs.logs import last_words, tail
 from lacuna.runs.mapping import MAPPING, RunMapping, read_mapping
 from lacuna.runs.queue import JobState, Queue, read_past, read_queue
 from lacuna.visible import visible
+from lacuna.words import aligned
 
 DEPTH = 3
 """Levels of folders in which runs are looked for."""
@@ -211,14 +212,10 @@ def as_json(rows: Iterable[RunStatus]) -> str:
 
 def as_text(rows: Sequence[RunStatus]) -> str:
     """A table, and how many runs are in which state."""
-    cells = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER) - 1)]
-    lines = [
-        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in cells
-    ]
+    lines = aligned([HEADER, *map(_cells, rows)])
     counts = Counter(row.state for row in rows)
     total = f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(f"{n} {state}" for state, n in counts.items())
-    return "\n".join([line.rstrip() for line in lines] + [total])
+    return "\n".join([*lines, total])
 
 
 def _cells(row: RunStatus) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ test-uv: install
 
 # Random trials, of which LACUNA_TORTURE=word makes others; what every input must have, on many more of them.
 test-long: install
-	$(BIN)/pytest --numprocesses 2 tests/long
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/long
 	$(BIN)/pytest --numprocesses 2 --hypothesis-profile long -m hypothesis
 
 # Without bf16 units, without AVX-512, without AVX; with several threads. Not torch.compile: its cache of kernels does

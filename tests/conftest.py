@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -83,13 +83,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 
 class Process:
-    """A command in a process of its own, which can be waited for and killed. Its output goes to a file."""
+    """A command in a process of its own, which can be waited for and killed. Its output goes to a file.
 
-    def __init__(self, *words: str, forked: bool = False) -> None:
+    place: server, folder and environment of a forked one, where they are not those of the tests.
+    """
+
+    def __init__(self, *words: str, forked: bool = False, **place: Any) -> None:
         self._file = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self.popen: subprocess.Popen[str] | Forked
         if forked:
-            self.popen = Forked([*words], self._file.name)
+            self.popen = Forked([*words], self._file.name, **place)
         else:
             self.popen = subprocess.Popen(words, stdout=self._file, stderr=subprocess.STDOUT, text=True)
 
@@ -105,13 +108,13 @@ class Process:
             assert time.monotonic() < end, f"it did not come to that:\n{self.output()}"
             time.sleep(0.002)
 
-    def stop(self, number: int = signal.SIGKILL) -> str:
+    def stop(self, number: int = signal.SIGKILL, seconds: float = 120) -> str:
         """Send a signal, wait for the end, and return all that was printed."""
         self.popen.send_signal(number)
-        return self.wait()
+        return self.wait(seconds)
 
-    def wait(self) -> str:
-        self.popen.wait(timeout=120)
+    def wait(self, seconds: float = 120) -> str:
+        self.popen.wait(timeout=seconds)
         return self.output()
 
 

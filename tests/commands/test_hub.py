@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import SCRIPTS, flags
+from conftest import SCRIPTS, Process, flags
+from forked import Server
 from hub_contents import CHATS, MODEL, TEXTS, write_chats, write_fineweb, write_qwen
 from hub_server import Hub, serve
 from lacuna.runs.folder import starts_of
@@ -46,32 +46,52 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @dataclass
+class Machine:
+    """Servers of commands, for the hub and for one that is out of reach, and what both have downloaded."""
+
+    open: Server
+    closed: Server
+    cache: Path
+
+
+@pytest.fixture(scope="module")
+def machine(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    cache = tmp_path_factory.mktemp("downloads") / "cache"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment["HF_HOME"] = str(cache)
+    known = Server({**environment, "HF_ENDPOINT": hub.endpoint}, "lacuna.train.start", "datasets")
+    unknown = Server({**environment, "HF_ENDPOINT": CLOSED}, "torch.distributed.fsdp")  # the client must not be loaded
+    yield Machine(known, unknown, cache)
+    known.close()
+    unknown.close()
+
+
+@dataclass
 class Workplace:
-    """A folder, and a machine that knows the hub at an endpoint and has downloaded what is in the folder's cache."""
+    """A folder on a machine that knows the hub, or cannot reach it."""
 
     folder: Path
-    endpoint: str
+    server: Server
 
-    def start(self, command: str, *arguments: object, **settings: object) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "cache")}
+    def start(self, command: str, *arguments: object, **settings: object) -> Process:
         words = [str(SCRIPTS / command), *map(str, arguments), *flags(**settings)]
-        return subprocess.Popen(
-            words, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return Process(*words, forked=True, server=self.server, folder=self.folder, environment=self.server.environment)
 
     def run(self, command: str, *arguments: object, **settings: object) -> tuple[int, str]:
         process = self.start(command, *arguments, **settings)
-        output = process.communicate()[0]
-        return process.returncode, output
+        output = process.wait()
+        assert process.popen.returncode is not None
+        return process.popen.returncode, output
 
     def losses(self, run: str) -> list[float]:
         return [line["loss"] for line in read_metrics(self.folder / run) if "loss" in line]
 
 
 @pytest.fixture
-def workplace(hub: Hub, tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path, hub.endpoint)
+def workplace(machine: Machine, tmp_path: Path) -> Workplace:
+    """Nothing has been downloaded yet."""
+    shutil.rmtree(machine.cache, ignore_errors=True)
+    return Workplace(tmp_path, machine.open)
 
 
 def test_the_first_command_of_the_readme(workplace: Workplace) -> None:
@@ -118,36 +138,30 @@ def test_a_stream_goes_on_after_it_was_stopped_and_killed_although_the_data_set_
 
 def interrupt(workplace: Workplace, run: str, settings: dict[str, object], number: int, after_step: int) -> None:
     process = workplace.start("pretrain", **settings, output_dir=run)
-    while not any(line["step"] >= after_step for line in read_metrics(workplace.folder / run)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-    process.send_signal(number)
-    output = process.communicate()[0]
-    assert process.returncode == (128 + number if number == signal.SIGTERM else -number), output
+    process.wait_until(lambda: any(line["step"] >= after_step for line in read_metrics(workplace.folder / run)))
+    output = process.stop(number)
+    assert process.popen.returncode == (128 + number if number == signal.SIGTERM else -number), output
 
 
 def test_a_stop_is_obeyed_while_the_hub_does_not_answer(hub: Hub, workplace: Workplace) -> None:
     process = workplace.start("pretrain", **TINY_STREAM, steps=5000, save_every=5000, output_dir="out")
     run = workplace.folder / "out"
-    while not read_metrics(run):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    process.wait_until(lambda: read_metrics(run))
     hub.answering.clear()
     try:
         before = 0
         while (seen := read_metrics(run)[-1]["step"]) > before:
             before = seen
             time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=30)[0]
+        output = process.stop(signal.SIGTERM, seconds=30)
     finally:
         hub.answering.set()
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.popen.returncode == 128 + signal.SIGTERM, output
     assert f"stopped after step {seen}, which is saved" in output
     assert [path.name for path in run.glob("checkpoints/step-*")] == [f"step-{seen:08}"]
 
 
-def test_sft_on_named_splits_and_again_without_network(workplace: Workplace) -> None:
+def test_sft_on_named_splits_and_again_without_network(machine: Machine, workplace: Workplace) -> None:
     code, output = workplace.run("sft", **CHAT, output_dir="online")
     assert code == 0, output
     assert f"{CHATS}: 40 documents" in output
@@ -157,7 +171,7 @@ def test_sft_on_named_splits_and_again_without_network(workplace: Workplace) -> 
     ]
     assert after < before
     started = time.perf_counter()
-    code, output = Workplace(workplace.folder, CLOSED).run("sft", **CHAT, output_dir="offline")
+    code, output = Workplace(workplace.folder, machine.closed).run("sft", **CHAT, output_dir="offline")
     assert code == 0, output
     assert time.perf_counter() - started < 60
     assert f"warning: the hub {CLOSED} cannot be reached" in output
@@ -215,9 +229,9 @@ def test_unknown_split_in_memory_is_refused_before_the_download(hub: Hub, workpl
     assert not [request for request in hub.requests[seen:] if "jsonl" in request]
 
 
-def test_without_network_a_name_is_refused_within_seconds(tmp_path: Path) -> None:
+def test_without_network_a_name_is_refused_within_seconds(machine: Machine, workplace: Workplace) -> None:
     started = time.perf_counter()
-    outcome = Workplace(tmp_path, CLOSED).run("pretrain", **STREAMED, steps=2, output_dir="out")
+    outcome = Workplace(workplace.folder, machine.closed).run("pretrain", **STREAMED, steps=2, output_dir="out")
     assert time.perf_counter() - started < 60
     problems = [
         f"model_name {MODEL}: no such folder, not downloaded before, and the hub is out of reach",

@@ -1,48 +1,43 @@
-"""Runs on several processes, through the real command, under torchrun's engine and gloo."""
+"""Runs on several processes, through the real command, under torchrun's engine and gloo; more in long/."""
 
 import hashlib
 import json
-import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from conftest import SCRIPTS, Process, Run, flags, spawn
+from conftest import Run, spawn
 from fixtures import make_model, write_chat, write_texts
 from lacuna.config.training import SFTConfig
 from lacuna.data.loader import batches, pack_samples
 from lacuna.data.samples import Sample
 from lacuna.errors import ConfigError
 from lacuna.runs.folder import read_status, starts_of, write_status
-from lacuna.runs.metrics import read_metrics
 from lacuna.train.distributed import World, check_world
-
-ROOT = Path(__file__).parents[2]
-SFT = {
-    "sequence_length": 64, "batch_size": 8, "micro_batch_size": 2, "steps": 40, "learning_rate": 1e-3, "log_every": 1,
-    "save_every": 10, "keep_last": 9, "validation_share": 0.2, "device": "cpu", "seed": 3,
-}  # fmt: skip
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+from several_processes import (
+    SFT,
+    assert_close,
+    assert_same_bits,
+    finished,
+    losses,
+    reached,
+    torchrun,
+    workers,
+    write_settings,
+)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("processes")
-    make_model(folder / "model")
-    data = write_chat(folder / "chat.jsonl", rows=120)
-    return {**SFT, "model_name": folder / "model", "dataset": data}
+    return write_settings(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -55,54 +50,6 @@ def one(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
 def two(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in two."""
     return finished("sft", tmp_path_factory.mktemp("two") / "run", settings, gpus=2)
-
-
-def finished(command: str, folder: Path, settings: dict[str, Any], **more: Any) -> Path:
-    process = spawn(command, output_dir=folder, **{**settings, **more})
-    output = process.wait()
-    assert process.popen.returncode == 0, output
-    return folder
-
-
-def losses(folder: Path, name: str = "loss") -> list[float]:
-    return [line[name] for line in read_metrics(folder) if name in line]
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    return load_file(folder / "final" / "model.safetensors")
-
-
-def assert_close(folder: Path, other: Path, tolerance: float = 2e-4) -> None:
-    for name in ("loss", "validation_loss", "tokens", "targets", "learning_rate"):
-        np.testing.assert_allclose(losses(folder, name), losses(other, name), **CLOSE)
-    theirs = weights(other)
-    for name, weight in weights(folder).items():
-        assert float((weight - theirs[name]).abs().max()) < tolerance, name
-
-
-def assert_same_bits(folder: Path, other: Path) -> None:
-    assert losses(folder) == losses(other)
-    assert losses(folder, "validation_loss") == losses(other, "validation_loss")
-    names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")
-    for name in names:
-        assert (folder / "final" / name).read_bytes() == (other / "final" / name).read_bytes(), name
-
-
-def workers(launcher: int) -> dict[int, psutil.Process]:
-    """The processes that train, by rank."""
-    found = {}
-    for child in psutil.Process(launcher).children():
-        try:
-            environment = child.environ()
-        except psutil.Error:
-            continue
-        if "LOCAL_RANK" in environment:
-            found[int(environment["RANK"])] = child
-    return found
-
-
-def reached(folder: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(line["step"] >= step for line in read_metrics(folder))
 
 
 def test_two_processes_and_accumulation_equal_one(
@@ -207,22 +154,6 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(
     assert_same_bits(folder, two)
 
 
-def test_a_process_killed_amid_a_save(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Of the checkpoint that it was part of nothing is left, and nothing is lost."""
-    make_model(tmp_path / "large", hidden=384)
-    large = {**settings, "model_name": tmp_path / "large", "steps": 4, "save_every": 2, "gpus": 2}
-    undisturbed = finished("sft", tmp_path / "undisturbed", large)
-    folder = tmp_path / "run"
-    process = spawn("sft", output_dir=folder, **{**large, "max_restarts": 2})
-    process.wait_until(lambda: list(folder.glob("checkpoints/.step-*2.partial/*.safetensors")))
-    workers(process.popen.pid)[1].send_signal(signal.SIGKILL)
-    output = process.wait()
-    assert process.popen.returncode == 0, output
-    assert "restart 1 of 2" in output
-    assert not list(folder.glob("checkpoints/.*.partial"))
-    assert_same_bits(folder, undisturbed)
-
-
 def test_the_death_of_a_process_takes_the_others_down_and_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = spawn("sft", output_dir=folder, **{**settings, "gpus": 2, "max_restarts": 0})
@@ -247,32 +178,6 @@ def test_an_error_that_all_have_is_told_once_and_nothing_starts_again(settings: 
     assert read_status(tmp_path / "run")["can_be_mended"]  # type: ignore[index]
 
 
-def torchrun(folder: Path, settings: dict[str, Any], *words: str, processes: int = 2, script: str = "") -> Process:
-    """torchrun by hand. script: what each process runs before it trains."""
-    command = [sys.executable, "-m", "lacuna", "sft", *flags(output_dir=folder, **settings)]
-    (folder.parent / "train.sh").write_text(f'{script}\nexec "$@"\n')
-    start = ["--nproc-per-node", str(processes), *words, "--no-python", "bash", str(folder.parent / "train.sh")]
-    return Process(str(SCRIPTS / "torchrun"), *start, *command)
-
-
-def test_torchrun_by_hand(two: Path, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own restarts need a variable, and it is said; scripts/launch.sh sets it."""
-    folder = tmp_path / "run"
-    process = torchrun(folder, settings, "--standalone", "--max-restarts", "1")
-    process.wait_until(reached(folder, 5))
-    workers(process.popen.pid)[1].send_signal(signal.SIGKILL)
-    output = process.wait()
-    assert process.popen.returncode == 1
-    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in output
-    monkeypatch.setenv("PATH", f"{SCRIPTS}:{os.environ['PATH']}")
-    process = Process(str(ROOT / "scripts/launch.sh"), "2", "sft", *flags(output_dir=folder, **settings))
-    process.wait_until(reached(folder, 25))
-    workers(process.popen.pid)[1].send_signal(signal.SIGKILL)
-    output = process.wait()
-    assert process.popen.returncode == 0, output
-    assert_same_bits(folder, two)
-
-
 def test_one_process_that_fails_early_takes_the_others_down_with_its_own_error(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -283,38 +188,6 @@ def test_one_process_that_fails_early_takes_the_others_down_with_its_own_error(
     assert process.popen.returncode == 1
     assert output.count("error: model_name /nowhere: no such folder") == 1
     assert "no such folder" in read_status(folder)["reason"]  # type: ignore[index]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
-
-
-@pytest.fixture
-def nodes(settings: dict[str, Any]) -> Iterator[Callable[..., list[Process]]]:
-    """Start a run on two nodes, which are two torchruns on this machine."""
-    started: list[Process] = []
-
-    def start(folder: Path, processes: int, **more: Any) -> list[Process]:
-        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost"]
-        for _ in range(2):
-            words = ["--nnodes", "2", "--rdzv-id", "test", *place]
-            started.append(torchrun(folder, {**settings, **more}, *words, processes=processes))
-        return started
-
-    yield start
-    for process in started:
-        process.popen.kill()
-
-
-def test_two_nodes(nodes: Callable[..., list[Process]], one: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Hybrid sharding: two nodes of two processes, each node with all weights."""
-    for process in nodes(tmp_path / "run", 2, sharding="hybrid"):
-        output = process.wait()
-        assert process.popen.returncode == 0, output
-    assert_close(tmp_path / "run", one)
-    assert starts_of(tmp_path / "run")[-1]["devices"] == 4
 
 
 def test_pretraining_from_random_weights_and_a_stream(tmp_path: Path) -> None:

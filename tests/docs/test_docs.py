@@ -34,7 +34,7 @@ RUN_ELSEWHERE = {
     "lacuna run examples/learning_rate.yaml --jobs 2": "commands/test_run.py, tiny models of each trainer",
     "lacuna run configs --only run_003,run_005": "the same",
     "sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh sft @ configs/sft_qwen.toml": "the same",
-    "sft @ configs/sft_qwen.toml --gpus 8": "commands/test_processes.py, in two processes, as the next four",
+    "sft @ configs/sft_qwen.toml --gpus 8": "test_processes.py in commands/ and long/, as the next four",
     "finetune --config configs/training_config_h100.yaml --set gpus=8": "commands/test_finetune.py",
     "scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",
     "NODES=2 HEAD=node1:29500 scripts/launch.sh 8 sft @ configs/sft_qwen.toml": "the same",

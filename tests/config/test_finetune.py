@@ -474,6 +474,14 @@ def test_configs_of_the_other_trainers_are_sent_there(run: Run, project: Path) -
     assert_refused(run("sft", "@", "named.yaml"), "named.yaml:1: this is a config for 'finetune'")
 
 
+def test_a_trainer_that_is_no_name_is_refused(run: Run, project: Path) -> None:
+    text = (project / "c.yaml").read_text()
+    (project / "listed.yaml").write_text(f"trainer: [sft]\n{text}")
+    for words in (("finetune", "--config", "listed.yaml"), ("lacuna", "data", "--config", "listed.yaml")):
+        outcome = run(*words)
+        assert (outcome.code, "listed.yaml:1" in outcome.output) == (2, True), outcome.output
+
+
 def test_another_trainers_config_without_its_key_is_not_understood(run: Run, project: Path) -> None:
     write(project, "other.yaml", "model_name: tiny\ndataset: chat.jsonl\nsteps: 3\n")
     assert_refused(

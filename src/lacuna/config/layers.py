@@ -17,7 +17,8 @@ def load_finetune(files: Sequence[str], settings: Mapping[str, Any]) -> tuple[Fi
     """The checked config, and the layer of each value that is no default. Raises ConfigError."""
     layers = [read_layer(file) for file in files]
     for layer in layers:
-        if (wanted := layer.values.get("trainer")) in FLAT:
+        wanted = layer.values.get("trainer")
+        if isinstance(wanted, str) and wanted in FLAT:
             raise ConfigError(f"{layer.where('trainer')}: this is a config for {wanted!r}: use `lacuna {wanted}`")
     layers.append(Layer(SET, _nested(settings)))
     if not any(layer.values for layer in layers):

@@ -540,6 +540,7 @@ def test_a_template_that_writes_the_date_writes_the_day_of_the_first_start(
     assert first_day_of(Path("out"), "auto") == date(2026, 1, 31)
     outcome = run("sft", **settings)
     assert (outcome.code, "training data: other rows than it was trained on" in outcome.output) == (2, True)
+    assert "none of its files has changed: was one added, or is this another version of lacuna?" in outcome.output
     assert "the chat template writes the date: 2026-01-31 in all of this run" in outcome.output
 
 

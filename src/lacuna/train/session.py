@@ -258,7 +258,11 @@ def find_checkpoint(
     different = differences(state.identity, identity)
     if state.data != fingerprint:
         files = changed_inputs((starts_of(folder) or [{}])[-1])
-        which = f" ({', '.join(files)})" if files else ""
+        which = (
+            f" ({', '.join(files)})"
+            if files
+            else "; no file has changed, so this version of lacuna reads them otherwise"
+        )
         different.insert(0, f"training data: other rows than it was trained on{which}")
     if different:
         problems = [f"{found} was made of something else: {what}" for what in different]

@@ -32,6 +32,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 RESTARTS = ("LACUNA_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Variables that count how often our launcher, torchrun or SLURM has started a command again."""
+UNCHANGED = "; none of its files has changed: was one added, or is this another version of lacuna?"
 LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|NCCL \w+ error|remote process exited", re.I)
 """What gloo and NCCL say where another process is gone."""
 
@@ -258,11 +259,7 @@ def find_checkpoint(
     different = differences(state.identity, identity)
     if state.data != fingerprint:
         files = changed_inputs((starts_of(folder) or [{}])[-1])
-        which = (
-            f" ({', '.join(files)})"
-            if files
-            else "; no file has changed, so this version of lacuna reads them otherwise"
-        )
+        which = f" ({', '.join(files)})" if files else UNCHANGED
         different.insert(0, f"training data: other rows than it was trained on{which}")
     if different:
         problems = [f"{found} was made of something else: {what}" for what in different]

@@ -57,10 +57,10 @@ def test_the_machine_decides(device: str, chosen: str | None) -> None:
 @pytest.mark.parametrize("kind", BY_DEVICE)
 def test_the_memory_that_a_preset_wants_is_that_of_its_step(kind: str) -> None:
     name, needed = BY_DEVICE[kind]
-    training = load_finetune([str(FOLDER / name)], {})[0].training
-    adapter = Adapter(training.lora_r, bits=4)
+    config, _ = load_finetune([str(FOLDER / name)], {})
+    adapter = Adapter(config.lora_r, bits=4)
     attention = {"cuda": "sdpa", "mps": "eager"}[kind]
-    step = Step(training.batch_size, training.sequence_length, True, True, kind, attention=attention, adapter=adapter)
+    step = Step(config.micro_batch_size, config.sequence_length, True, True, kind, attention=attention, adapter=adapter)
     assert fits(MISTRAL_7B, step, needed)
     assert not fits(MISTRAL_7B, step, needed - 2 * GIB)
 

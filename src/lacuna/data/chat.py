@@ -21,7 +21,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lacuna.data.formats import Conversation, Example, Message, Text
 from lacuna.data.samples import EARLIER_THOUGHTS, EMPTY_TEXT, TEMPLATE_FLAG, Rendered, Sample, Spans, Unusable
 from lacuna.data.template_date import NOW, with_date
-from lacuna.data.written import lacks_its_thought, not_written, with_text_arguments, without_weight
+from lacuna.data.written import (
+    lacks_its_thought,
+    not_written,
+    takes_text_arguments,
+    with_text_arguments,
+    without_weight,
+)
 from lacuna.errors import ModelError
 
 SENTINEL = "\u2045lacuna {}\u2046"
@@ -78,19 +84,7 @@ class Renderer:
     @cached_property
     def takes_arguments_as_text(self) -> bool:
         """Whether the template fails at a call's arguments as an object, and does not where they are JSON text."""
-        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"key": "value"}}}
-        message: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        return self._fails_at(message) and not self._fails_at(with_text_arguments(message))
-
-    def _fails_at(self, message: Message) -> bool:
-        probe: Any = [{"role": "user", "content": "question"}, message]
-        try:
-            self.tokenizer.apply_chat_template(probe, tokenize=False)
-        except jinja2.TemplateError:
-            return False
-        except Exception:
-            return True
-        return False
+        return takes_text_arguments(self.tokenizer)
 
     @cached_property
     def has_generation_marks(self) -> bool:

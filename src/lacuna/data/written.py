@@ -3,9 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lacuna.data.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THOUGHT = re.compile(r"<think>(?P<thought>.*?)</think>", re.S)
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -82,3 +85,24 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def takes_text_arguments(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a chat template fails at a call's arguments as an object, and does not where they are JSON text."""
+    call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"key": "value"}}}
+    message: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return _fails_at(tokenizer, message) and not _fails_at(tokenizer, with_text_arguments(message))
+
+
+def _fails_at(tokenizer: "PreTrainedTokenizerBase", message: Message) -> bool:
+    """By an error of its own: a template that raises one on purpose does not fail."""
+    import jinja2
+
+    probe: Any = [{"role": "user", "content": "question"}, message]
+    try:
+        tokenizer.apply_chat_template(probe, tokenize=False)
+    except jinja2.TemplateError:
+        return False
+    except Exception:
+        return True
+    return False

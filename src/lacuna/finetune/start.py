@@ -152,11 +152,7 @@ def _finetune(
     step, predicted = planned_step(config, model_config, execution, world.size, int(rows.lengths.max()))
     checkpointing, device = step.checkpointing, execution.device
     record_model(config, prepared, model, checkpointing)
-    console.print(
-        f"{type(causal_lm).__name__} ({config.method}) on {device.name}, "
-        f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, gradient checkpointing "
-        f"{'on' if checkpointing else 'off'}, optimizer {optimizer_name(config, device.type)}"
-    )
+    console.print(_what_trains(config, causal_lm, execution, checkpointing))
     console.print(describe(model))
     if (said := memory_line(predicted, device)) is not None:
         console.print(said)
@@ -193,6 +189,14 @@ def _finetune(
     if (said := predicted_and_measured(predicted, execution)) is not None:
         console.print(said)
     world.first(lambda: write_final(config, model, prepared, regular, console))
+
+
+def _what_trains(config: FinetuneConfig, causal_lm: Any, execution: Execution, checkpointing: bool) -> str:
+    return (
+        f"{type(causal_lm).__name__} ({config.method}) on {execution.device.name}, "
+        f"{str(execution.dtype).removeprefix('torch.')}, attention {execution.attention}, gradient checkpointing "
+        f"{'on' if checkpointing else 'off'}, optimizer {optimizer_name(config, execution.device.type)}"
+    )
 
 
 def open_written(

@@ -86,8 +86,7 @@ def supervise(
             if isinstance(error, OSError) and is_of_folder(error, folder):
                 todo = "make room" if error.errno in FULL else "mend that"
                 where = f"{config.spelled('output_dir')} {folder}"
-                problem = f"{where}: {error}; the checkpoints are whole: {todo}, then go on with: "
-                error = RunError(problem + resume_with)
+                error = RunError(f"{where}: {error}; the checkpoints are whole: {todo}, then go on with: {resume_with}")
             elif isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 error = RunError(out_of_memory())
             elif world.size > 1 and (lost := LOST_PROCESS.search(str(error))):
